@@ -1,0 +1,61 @@
+# Everything happens in .venv, which these targets make themselves: python3 (3.10 to 3.13), a C++ compiler and make
+# are all a machine needs. PYTHON and TORCH choose another interpreter or torch.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help demo test lint format unit interpreter bench gpu-check clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	@touch $@
+
+# The demo installs the package as a user would; the tests use the tree itself, built in place.
+$(VENV)/demo.stamp: $(VENV)/torch.stamp $(NATIVE)
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp $(NATIVE)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@ $(VENV)/demo.stamp
+
+demo: $(VENV)/demo.stamp ## train a digit classifier with cross entropy and with CMIM, compare, plot
+	$(BIN)/python examples/digits.py
+
+test: lint unit interpreter ## lint and every test
+
+lint: $(VENV)/dev.stamp ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/dev.stamp ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+# The interpreter's switch must be set before Triton is imported, so its tests are a process of their own.
+interpreter: $(VENV)/dev.stamp ## the Triton kernels on the CPU, through Triton's interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
+
+unit: $(VENV)/dev.stamp ## the other tests
+	$(BIN)/python -m pytest -m "not interpreter"
+
+bench: $(VENV)/dev.stamp ## time the loss against F.cross_entropy, write tables and plots
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=out/benchmarks.json
+	$(BIN)/python benchmarks/report.py out/benchmarks.json
+
+gpu-check: $(VENV)/dev.stamp ## tests and timings that need a CUDA device
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/gpu_check.sh
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist out *.egg-info cmim_kernels/*.so

@@ -1,0 +1,247 @@
+"""Builds the native libraries of cmim_kernels.
+
+`_cpu.so` and, where there is a CUDA torch and nvcc, `_cuda.so` are plain shared libraries that
+`torch.ops.load_library` loads. They use PyTorch's stable ABI only, so one binary serves every Python and every
+torch from 2.11 on. Everything is built against the torch of the environment that the package goes into.
+
+Environment: CMIM_KERNELS_CUDA=1|0 forces the CUDA library on or off; CUDA_ARCH_LIST ("80 90") narrows its
+architectures; CMIM_KERNELS_WERROR=1 turns warnings into errors; CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, MAX_JOBS as usual.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import runpy
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+OLDEST_TORCH = (2, 11)
+CXXFLAGS = (
+    "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra"
+).split()
+# csrc/cpu/kernel.cpp is compiled once per instruction set; the library picks among them at run time.
+VARIANTS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    VARIANTS["avx2"] = ["-march=x86-64-v3"]
+    VARIANTS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+
+
+@dataclass(frozen=True)
+class Torch:
+    root: Path
+    version: str
+    cuda: str | None
+
+    def includes(self) -> list[str]:
+        include = self.root / "include"
+        return ["-isystem", str(include), "-isystem", str(include / "torch" / "csrc" / "api" / "include")]
+
+    def definitions(self) -> list[str]:
+        major, minor = OLDEST_TORCH
+        return [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
+
+
+def find_torch() -> Torch:
+    """The target environment's torch, read without importing it.
+
+    Under pip's build isolation `import torch` fails, but sysconfig still names the environment's own folder.
+    """
+    folders = [
+        sysconfig.get_path("platlib"),
+        sysconfig.get_path("purelib"),
+        *sys.path,
+        site.getusersitepackages(),
+    ]
+    for folder in folders:
+        root = Path(folder) / "torch"
+        if not (root / "version.py").is_file():
+            continue
+        facts = runpy.run_path(str(root / "version.py"))
+        version = str(facts["__version__"])
+        if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
+            oldest = ".".join(map(str, OLDEST_TORCH))
+            raise SystemExit(
+                f"cmim_kernels needs torch {oldest} or later, but {root.parent} holds torch {version}."
+            )
+        return Torch(root, version, facts.get("cuda"))
+    raise SystemExit(
+        f"cmim_kernels is built against the torch of the environment it is installed into, and {folders[0]} holds "
+        "none: install torch first (`pip install torch`), and add --no-build-isolation if your installer builds elsewhere."
+    )
+
+
+def find_cuda_home() -> Path | None:
+    """The CUDA toolkit's folder: CUDA_HOME, else nvcc's on PATH, else /usr/local/cuda."""
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    return next((Path(c) for c in candidates if c and (Path(c) / "bin" / "nvcc").is_file()), None)
+
+
+def wants_cuda(torch: Torch) -> bool:
+    """Decided by CMIM_KERNELS_CUDA, else by CUDA torch and nvcc being there; never by a visible GPU."""
+    setting = os.environ.get("CMIM_KERNELS_CUDA", "")
+    if setting not in ("", "0", "1"):
+        raise SystemExit(f"CMIM_KERNELS_CUDA must be 0, 1 or unset, not {setting!r}.")
+    if setting == "1" and find_cuda_home() is None:
+        raise SystemExit("CMIM_KERNELS_CUDA=1, but there is no nvcc: set CUDA_HOME or put nvcc on PATH.")
+    if setting:
+        return setting == "1"
+    return torch.cuda is not None and find_cuda_home() is not None and any((CSRC / "cuda").glob("*.cu"))
+
+
+def cuda_architecture_flags(nvcc: Path) -> list[str]:
+    """-gencode flags for the wanted architectures that this nvcc knows, with PTX of the newest."""
+    listed = subprocess.run([str(nvcc), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    wanted = re.findall(r"\d+", os.environ.get("CUDA_ARCH_LIST", "").replace(".", "")) or CUDA_ARCHITECTURES
+    chosen = sorted(known.intersection(wanted), key=int)
+    if not chosen:
+        raise SystemExit(f"{nvcc} knows none of the architectures {' '.join(wanted)}: set CUDA_ARCH_LIST.")
+    flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in chosen]
+    return [*flags, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
+
+
+class NinjaFile:
+    """Collects compile and link steps, each with its own flags, and has ninja run what is out of date."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.text = "rule compile\n  command = $cmd -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+        self.text += "rule link\n  command = $cmd -o $out $in $libs\n"
+
+    @staticmethod
+    def path(path: Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(path))
+
+    @staticmethod
+    def command(words: list[str]) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    def compile(self, source: Path, name: str, command: list[str]) -> Path:
+        target = self.folder / f"{name}.o"
+        self.text += (
+            f"build {self.path(target)}: compile {self.path(source)}\n  cmd = {self.command(command)}\n"
+        )
+        return target
+
+    def link(self, target: Path, objects: list[Path], command: list[str], libraries: list[str]) -> None:
+        inputs = " ".join(map(self.path, objects))
+        self.text += f"build {self.path(target)}: link {inputs}\n  cmd = {self.command(command)}\n"
+        self.text += f"  libs = {self.command(libraries)}\n"
+
+    def run(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "build.ninja").write_text(self.text)
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        if subprocess.run([sys.executable, "-m", "ninja", "-C", str(self.folder), *jobs]).returncode:
+            raise SystemExit(
+                "cmim_kernels: the native libraries did not compile, see the compiler's messages above."
+            )
+
+
+def extra_flags(name: str) -> list[str]:
+    return shlex.split(os.environ.get(name, ""))
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++" if shutil.which("g++") else "c++"))
+
+
+def add_library(
+    ninja: NinjaFile, target: Path, objects: list[Path], torch: Torch, libraries: list[str]
+) -> None:
+    # No rpath: the torch that is already loaded when this library is has the same sonames.
+    link = [*compiler(), "-shared", "-Wl,--as-needed", *extra_flags("LDFLAGS")]
+    ninja.link(target, objects, link, [f"-L{torch.root / 'lib'}", *libraries])
+
+
+def add_cpu_library(ninja: NinjaFile, target: Path, torch: Torch) -> None:
+    werror = ["-Werror"] if os.environ.get("CMIM_KERNELS_WERROR") == "1" else []
+    base = [*compiler(), *CXXFLAGS, *werror, f"-I{CSRC}"]
+    kernel = CSRC / "cpu" / "kernel.cpp"
+    objects = [
+        ninja.compile(
+            kernel, f"kernel_{name}", [*base, f"-DCMIM_VARIANT={name}", *flags, *extra_flags("CXXFLAGS")]
+        )
+        for name, flags in VARIANTS.items()
+    ]
+    for source in [CSRC / "ops.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]:
+        if source != kernel:
+            command = [*base, *torch.definitions(), *torch.includes(), *extra_flags("CXXFLAGS")]
+            objects.append(ninja.compile(source, f"cpu_{source.stem}", command))
+    add_library(ninja, target, objects, torch, ["-ltorch_cpu"])
+
+
+def add_cuda_library(ninja: NinjaFile, target: Path, torch: Torch) -> None:
+    home = find_cuda_home()
+    assert home is not None  # wants_cuda looked
+    nvcc = home / "bin" / "nvcc"
+    device = [str(nvcc), "-O3", "-std=c++17", f"-I{CSRC}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    device += cuda_architecture_flags(nvcc)
+    host = [*compiler(), *CXXFLAGS, f"-I{CSRC}", "-isystem", str(home / "include"), "-DUSE_CUDA"]
+    host += [*torch.definitions(), *torch.includes(), *extra_flags("CXXFLAGS")]
+    objects = [ninja.compile(s, f"cuda_{s.stem}", device) for s in sorted((CSRC / "cuda").glob("*.cu"))]
+    objects += [ninja.compile(s, f"cuda_{s.stem}", host) for s in sorted((CSRC / "cuda").glob("*.cpp"))]
+    # A CPU-only torch has no libtorch_cuda; such a build (CMIM_KERNELS_CUDA=1) shows only that the sources compile.
+    torch_libraries = ["-ltorch_cpu"] + (["-ltorch_cuda"] if torch.cuda else [])
+    cudart = [f"-L{home / 'lib64'}", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+    add_library(ninja, target, objects, torch, [*torch_libraries, *cudart])
+
+
+class BuildLibraries(build_ext):
+    """Replaces setuptools' compiler driver: kernel.cpp is built once per instruction set, nvcc builds the .cu files."""
+
+    def run(self) -> None:
+        self.torch = find_torch()
+        if wants_cuda(self.torch):
+            self.extensions.append(Extension("cmim_kernels._cuda", sources=[]))
+        super().run()
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return (
+            fullname.replace(".", os.sep) + ".so"
+        )  # no Python version in the name: the library does not use Python
+
+    def build_extensions(self) -> None:
+        ninja = NinjaFile(Path(self.build_temp).resolve())
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name)).resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            add = add_cuda_library if extension.name.endswith("_cuda") else add_cpu_library
+            add(ninja, target, self.torch)
+        ninja.run()
+
+
+class Metadata(dist_info):
+    """Looks for torch before the metadata is handed over, that is before pip would download one."""
+
+    def run(self) -> None:
+        find_torch()
+        super().run()
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("cmim_kernels._cpu", sources=[])],
+    cmdclass={"build_ext": BuildLibraries, "dist_info": Metadata, "bdist_wheel": Wheel},
+)
