@@ -1,11 +1,12 @@
 """Builds the native libraries of cmim_kernels.
 
 `_cpu.so` and, where there is a CUDA torch and nvcc, `_cuda.so` are plain shared libraries that
-`torch.ops.load_library` loads. They use PyTorch's stable ABI only, so one binary serves every Python and every
-torch from 2.11 on. Everything is built against the torch of the environment that the package goes into.
+`torch.ops.load_library` loads. They use PyTorch's stable ABI only, so one binary serves every Python and
+every torch from 2.11 on. They are built against the torch of the environment that the package goes into.
 
-Environment: CMIM_KERNELS_CUDA=1|0 forces the CUDA library on or off; CUDA_ARCH_LIST ("80 90") narrows its
-architectures; CMIM_KERNELS_WERROR=1 turns warnings into errors; CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, MAX_JOBS as usual.
+Environment variables: CMIM_KERNELS_CUDA=1 or 0 forces the CUDA library on or off; CUDA_ARCH_LIST ("80 90")
+narrows its architectures; CMIM_KERNELS_WERROR=1 turns warnings into errors; CXX, CXXFLAGS, LDFLAGS, CUDA_HOME
+and MAX_JOBS as usual.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from setuptools.command.dist_info import dist_info
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 OLDEST_TORCH = (2, 11)
-CXXFLAGS = (
-    "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra"
-).split()
+# No -ffast-math: NaN, infinities and the order of sums matter here.
+CXXFLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXXFLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 # csrc/cpu/kernel.cpp is compiled once per instruction set; the library picks among them at run time.
-VARIANTS = {"baseline": []}
+VARIANTS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS["avx2"] = ["-march=x86-64-v3"]
     VARIANTS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
@@ -81,8 +82,8 @@ def find_torch() -> Torch:
             )
         return Torch(root, version, facts.get("cuda"))
     raise SystemExit(
-        f"cmim_kernels is built against the torch of the environment it is installed into, and {folders[0]} holds "
-        "none: install torch first (`pip install torch`), and add --no-build-isolation if your installer builds elsewhere."
+        f"cmim_kernels is built against the torch of the environment it goes into, but {folders[0]} holds none: "
+        "install torch first, and add --no-build-isolation if your installer builds in another environment."
     )
 
 
@@ -122,7 +123,8 @@ class NinjaFile:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.text = "rule compile\n  command = $cmd -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+        self.text = "rule compile\n  command = $cmd -MMD -MF $out.d -c $in -o $out\n"
+        self.text += "  depfile = $out.d\n  deps = gcc\n"
         self.text += "rule link\n  command = $cmd -o $out $in $libs\n"
 
     @staticmethod
@@ -198,14 +200,14 @@ def add_cuda_library(ninja: NinjaFile, target: Path, torch: Torch) -> None:
     host += [*torch.definitions(), *torch.includes(), *extra_flags("CXXFLAGS")]
     objects = [ninja.compile(s, f"cuda_{s.stem}", device) for s in sorted((CSRC / "cuda").glob("*.cu"))]
     objects += [ninja.compile(s, f"cuda_{s.stem}", host) for s in sorted((CSRC / "cuda").glob("*.cpp"))]
-    # A CPU-only torch has no libtorch_cuda; such a build (CMIM_KERNELS_CUDA=1) shows only that the sources compile.
+    # A CPU-only torch has no libtorch_cuda: a build forced there shows only that the sources compile.
     torch_libraries = ["-ltorch_cpu"] + (["-ltorch_cuda"] if torch.cuda else [])
     cudart = [f"-L{home / 'lib64'}", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
     add_library(ninja, target, objects, torch, [*torch_libraries, *cudart])
 
 
 class BuildLibraries(build_ext):
-    """Replaces setuptools' compiler driver: kernel.cpp is built once per instruction set, nvcc builds the .cu files."""
+    """Replaces setuptools' compiler driver, which has no flags per file and no nvcc."""
 
     def run(self) -> None:
         self.torch = find_torch()
