@@ -82,8 +82,8 @@ def find_torch() -> Torch:
             )
         return Torch(root, version, facts.get("cuda"))
     raise SystemExit(
-        f"cmim_kernels is built against the torch of the environment it goes into, but {folders[0]} holds none: "
-        "install torch first, and add --no-build-isolation if your installer builds in another environment."
+        f"cmim_kernels is built against the torch of the environment it goes into, but {folders[0]} holds "
+        "none: install torch first, with --no-build-isolation if your installer builds in a place apart."
     )
 
 
