@@ -1,0 +1,75 @@
+// exp and log of a vector, accurate to about one unit in the last place over the range the kernel needs.
+// Included inside an anonymous namespace. Polynomials were fitted for this file by Lawson iteration (float),
+// or are truncated Taylor series (double); their relative errors: exp 3e-9 / 4e-18, log 6e-9 / 1e-17.
+
+// exp(x) for x <= 0 (a little above is fine); exactly 0 below the smallest normal number; NaN for NaN.
+inline Vec<float> exp_nonpositive(Vec<float> x) {
+  const float magic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the mantissa
+  const Vec<float> shifted = x * 0x1.715476p0f + magic;
+  const Vec<float> n = shifted - magic;
+  Vec<float> r = x - n * 0x1.62e4p-1f;
+  r = r - n * 0x1.7f7d1cp-20f;
+  Vec<float> p = r * 0x1.6db4e6p-10f + 0x1.123be0p-7f;
+  p = p * r + 0x1.55545ep-5f;
+  p = p * r + 0x1.55548ep-3f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  const Vec<float> y = bits<Vec<float>>(bits<Int<float>>(p) + (bits<Int<float>>(shifted) << 23));
+  return x < -87.0f ? Vec<float>{} : y;
+}
+inline Vec<double> exp_nonpositive(Vec<double> x) {
+  const double magic = 0x1.8p52;
+  const Vec<double> shifted = x * 0x1.71547652b82fep0 + magic;
+  const Vec<double> n = shifted - magic;
+  Vec<double> r = x - n * 0x1.62e42fee00000p-1;
+  r = r - n * 0x1.a39ef35793c76p-33;
+  Vec<double> p = splat(1.0 / 6227020800.0);
+  constexpr double inverse_factorial[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                                          1.0 / 40320,     1.0 / 5040,     1.0 / 720,     1.0 / 120,
+                                          1.0 / 24,        1.0 / 6,        1.0 / 2};
+  for (double c : inverse_factorial) p = p * r + c;
+  p = p * (r * r) + r + 1.0;
+  const Vec<double> y = bits<Vec<double>>(bits<Int<double>>(p) + (bits<Int<double>>(shifted) << 52));
+  return x < -708.0 ? Vec<double>{} : y;
+}
+
+// log(x) for normal x > 0; NaN for NaN; a finite number of no meaning for zero and subnormal x.
+inline Vec<float> log_positive(Vec<float> x) {
+  const Int<float> ix = bits<Int<float>>(x) - 0x3f3504f3;  // 1/sqrt(2)
+  const Int<float> exponent = ix >> 23;
+  const Vec<float> f = bits<Vec<float>>((ix & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  const Vec<float> n = __builtin_convertvector(exponent, Vec<float>);
+  Vec<float> p = f * -0.076344457f + 0.127615749f;
+  p = p * f + -0.131602008f;
+  p = p * f + 0.142017596f;
+  p = p * f + -0.166233556f;
+  p = p * f + 0.200012268f;
+  p = p * f + -0.250008211f;
+  p = p * f + 0.333333317f;
+  const Vec<float> f2 = f * f;
+  const Vec<float> low = p * (f2 * f) + n * 0x1.7f7d1cp-20f - 0.5f * f2;
+  return (low + f) + n * 0x1.62e4p-1f + 0.0f * x;  // the last term carries a NaN through
+}
+inline Vec<double> log_positive(Vec<double> x) {
+  const int64_t half_root = 0x3fe6a09e667f3bcd;
+  const Int<double> ix = bits<Int<double>>(x) - half_root;
+  const Int<double> exponent = ix >> 52;
+  const Vec<double> f = bits<Vec<double>>((ix & 0xfffffffffffff) + half_root) - 1.0;
+  const Vec<double> n = __builtin_convertvector(exponent, Vec<double>);
+  const Vec<double> s = f / (2.0 + f), s2 = s * s;  // log(1 + f) = 2 atanh(s) = f - s (f - R(s^2))
+  Vec<double> p = splat(2.0 / 23);
+  for (int odd = 21; odd >= 3; odd -= 2) p = p * s2 + 2.0 / odd;
+  const Vec<double> low = n * 0x1.a39ef35793c76p-33 - s * (f - p * s2);
+  return (low + f) + n * 0x1.62e42fee00000p-1 + 0.0 * x;
+}
+
+// psi(t) = t e^t - e^t + 1 = sum_{m >= 2} t^m (m - 1) / m!, the summand of the generalised KL divergence over
+// Q: a polynomial for |t| <= 1/8, where the closed form would cancel. ratio = e^t.
+inline Vec<double> psi(Vec<double> t, Vec<double> ratio) {
+  Vec<double> p = splat(9.0 / 3628800);
+  constexpr double c[] = {8.0 / 362880, 7.0 / 40320, 6.0 / 5040, 5.0 / 720,
+                          4.0 / 120,    3.0 / 24,    2.0 / 6,    1.0 / 2};
+  for (double k : c) p = p * t + k;
+  const Vec<double> near = p * (t * t), far = ratio * t - ratio + 1.0;
+  return (t < 0.125) & (t > -0.125) ? near : far;
+}

@@ -1,0 +1,142 @@
+// One instruction-set variant of the CPU kernel. This file is compiled once per variant, with CMIM_VARIANT
+// naming it and the compiler's flags choosing the instructions; everything but the table at the end has
+// internal linkage.
+#include <type_traits>
+
+#include "problem.h"
+
+#if defined(__x86_64__)
+  #include <immintrin.h>
+#endif
+
+namespace cmim::cpu {
+namespace {
+
+#include "cluster.h"
+#include "elementary.h"
+#include "row.h"
+#include "simd.h"
+
+// Flushes subnormal numbers while a kernel runs: powers of an exponential pass through them on their way to
+// zero, and some processors take a hundred cycles for each.
+class FlushSubnormals {
+ public:
+#if defined(__x86_64__)
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+template <class T, bool kGiven, bool kPerRow>
+bool run_pass(const Job& job, const Cluster& cluster, const Team& team, Workspace& ws) {
+  const bool whole = team.run != nullptr;
+  ClusterPass<T, kGiven, kPerRow> pass(job, cluster, whole, ws);
+  return pass.chain() ? pass.template run<true>(team, whole) : pass.template run<false>(team, whole);
+}
+
+void cluster(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
+  const FlushSubnormals guard;
+  const bool wide = job.storage != Storage::f64;
+  if (job.centroids) {
+    if (wide && run_pass<float, true, false>(job, cl, team, ws)) return;
+    run_pass<double, true, false>(job, cl, team, ws);
+  } else if (job.upstream) {
+    run_pass<double, false, true>(job, cl, team, ws);
+  } else {
+    if (wide && run_pass<float, false, false>(job, cl, team, ws)) return;
+    run_pass<double, false, false>(job, cl, team, ws);
+  }
+}
+
+void row(const Job& job, int64_t row, int64_t label, Workspace& ws) {
+  const FlushSubnormals guard;
+  if (job.storage == Storage::f64)
+    entropy_row<double>(job, row, label, ws);
+  else
+    entropy_row<float>(job, row, label, ws);
+}
+
+template <class T, class S>
+void scale_as(const void* saved, double grad, void* out, int64_t count) {
+  const T* from = static_cast<const T*>(saved);
+  S* to = static_cast<S*>(out);
+  constexpr int W = Simd<T>::width;
+  const T g = T(grad);
+  int64_t i = 0;
+  for (; i + W <= count; i += W) Convert<T, S>::to(to + i, load<Vec<T>>(from + i) * g);
+  if (i < count) store_tail<T, S>(to + i, load_tail<T, T>(from + i, count - i) * g, count - i);
+}
+
+void scale(const void* saved, Storage saved_storage, double grad, void* out, Storage out_storage,
+           int64_t count) {
+  if (saved_storage == Storage::f64) return scale_as<double, double>(saved, grad, out, count);
+  with_storage(out_storage, [&](auto tag) {
+    using S = decltype(tag);
+    if constexpr (sizeof(S) <= 4) scale_as<float, S>(saved, grad, out, count);
+  });
+}
+
+// Q of one class in float or double, in the caller's order of temperatures: out[(order[k] C + label) C + j].
+// Sums are double throughout: centroids are kept across batches, and this is not on the training step's path.
+void centroid(const Job& job, const Cluster& cl, void* out, Workspace& ws) {
+  const FlushSubnormals guard;
+  const int64_t C = job.classes;
+  constexpr int W = Simd<double>::width;
+  const int64_t Cp = round_up(C, W);
+  double* x = reinterpret_cast<double*>(reserve(ws, 3 * Cp * int64_t(sizeof(double))));
+  double *e = x + Cp, *sum = e + Cp;
+  for (int k = 0; k < job.temperatures; ++k) {
+    for (int64_t j = 0; j < Cp; ++j) sum[j] = 0;
+    for (int64_t i = 0; i < cl.count; ++i) {
+      const double top = load_row(job, cl.rows[i], x);
+      double total = 0;
+      for (int64_t j = 0; j < Cp; j += W) {
+        const Vec<double> v = exp_nonpositive(job.a[k] * (load<Vec<double>>(x + j) - top));
+        store(e + j, v);
+        total += sum_lanes<double>(v);
+      }
+      const double scale = 1 / (total * double(cl.count));
+      for (int64_t j = 0; j < Cp; j += W)
+        store(sum + j, load<Vec<double>>(sum + j) + scale * load<Vec<double>>(e + j));
+    }
+    const int64_t at = (int64_t(job.order[k]) * C + cl.label) * C;
+    for (int64_t j = 0; j < C; ++j) {
+      if (job.storage == Storage::f64)
+        static_cast<double*>(out)[at + j] = sum[j];
+      else
+        static_cast<float*>(out)[at + j] = float(sum[j]);
+    }
+  }
+}
+
+bool supported() {
+#if !defined(__x86_64__)
+  return true;
+#elif defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512cd");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("bmi2");
+#else
+  return true;
+#endif
+}
+
+}  // namespace
+
+#define CMIM_STRING_(x) #x
+#define CMIM_STRING(x) CMIM_STRING_(x)
+#if defined(__AVX512F__)
+extern const Variant kAvx512 = {CMIM_STRING(CMIM_VARIANT), supported, cluster, row, scale, centroid};
+#elif defined(__AVX2__)
+extern const Variant kAvx2 = {CMIM_STRING(CMIM_VARIANT), supported, cluster, row, scale, centroid};
+#else
+extern const Variant kBaseline = {CMIM_STRING(CMIM_VARIANT), supported, cluster, row, scale, centroid};
+#endif
+
+}  // namespace cmim::cpu

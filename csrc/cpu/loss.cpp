@@ -1,0 +1,363 @@
+#include "loss.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace cmim::cpu {
+namespace {
+
+// Kept between calls up to this size, so that a training loop does not return pages to the system at every
+// step.
+constexpr int64_t kKeptBytes = int64_t(4) << 20;
+struct ThreadWorkspace : Workspace {
+  ~ThreadWorkspace() { std::free(data); }
+};
+Workspace& workspace() {
+  static thread_local ThreadWorkspace ws;
+  return ws;
+}
+void trim(Workspace& ws) {
+  if (ws.bytes <= kKeptBytes) return;
+  std::free(ws.data);
+  ws = Workspace{};
+}
+
+// The kept rows by label: rows[begin[c] .. begin[c + 1]) are those of labels[c], in the order of the batch.
+struct Groups {
+  std::vector<int64_t> rows, begin, labels, ignored;
+  int64_t count(size_t c) const { return begin[c + 1] - begin[c]; }
+};
+
+Groups group(const Request& q) {
+  Groups g;
+  g.rows.reserve(size_t(q.rows));
+  for (int64_t i = 0; i < q.rows; ++i) {
+    const int64_t label = q.target[i * q.target_stride];
+    if (label == q.ignore_index) {
+      g.ignored.push_back(i);
+      continue;
+    }
+    if (label < 0 || label >= q.classes)
+      throw std::invalid_argument("target: expected labels in [0, " + std::to_string(q.classes) +
+                                  ") or ignore_index = " + std::to_string(q.ignore_index) + ", got " +
+                                  std::to_string(label) + " at row " + std::to_string(i));
+    g.rows.push_back(i);
+  }
+  const auto label_of = [&](int64_t row) { return q.target[row * q.target_stride]; };
+  if (q.classes <= 4 * q.rows + 1024) {  // counting sort
+    std::vector<int64_t> start(size_t(q.classes) + 1, 0);
+    for (int64_t row : g.rows) ++start[size_t(label_of(row)) + 1];
+    for (int64_t c = 0; c < q.classes; ++c)
+      if (start[size_t(c) + 1] > 0) g.labels.push_back(c), g.begin.push_back(start[size_t(c) + 1]);
+    std::partial_sum(start.begin(), start.end(), start.begin());
+    std::vector<int64_t> sorted(g.rows.size());
+    for (int64_t row : g.rows) sorted[size_t(start[size_t(label_of(row))]++)] = row;
+    g.rows.swap(sorted);
+    int64_t at = 0;
+    for (int64_t& b : g.begin) at += std::exchange(b, at);
+    g.begin.push_back(at);
+  } else {
+    std::stable_sort(g.rows.begin(), g.rows.end(),
+                     [&](int64_t x, int64_t y) { return label_of(x) < label_of(y); });
+    for (size_t i = 0; i < g.rows.size(); ++i)
+      if (i == 0 || label_of(g.rows[i]) != g.labels.back())
+        g.labels.push_back(label_of(g.rows[i])), g.begin.push_back(int64_t(i));
+    g.begin.push_back(int64_t(g.rows.size()));
+  }
+  return g;
+}
+
+// The temperatures in ascending order of a, and what they have in common.
+struct Grid {
+  std::vector<double> a, w;
+  std::vector<int> order;
+  double base = 0;
+  int power0 = 0, ce_index = -1;
+};
+
+constexpr int kLongestChain = 64;  // a power's error grows with its exponent
+
+Grid make_grid(const Request& q) {
+  Grid g;
+  const size_t K = q.a.size();
+  g.order.resize(K);
+  std::iota(g.order.begin(), g.order.end(), 0);
+  std::stable_sort(g.order.begin(), g.order.end(),
+                   [&](int x, int y) { return q.a[size_t(x)] < q.a[size_t(y)]; });
+  for (int k : g.order) g.a.push_back(q.a[size_t(k)]), g.w.push_back(q.w[size_t(k)]);
+  const auto same = [](double x, double y) {
+    return std::abs(x - y) <= 4 * std::numeric_limits<double>::epsilon() * y;
+  };
+  for (size_t k = 0; k < K; ++k)
+    if (same(g.a[k], 1.0)) g.ce_index = int(k);
+  const double step = K > 1 ? (g.a[K - 1] - g.a[0]) / double(K - 1) : g.a[0];
+  const double first = std::round(g.a[0] / step);
+  if (!(first >= 1 && first + double(K) <= kLongestChain)) return g;
+  g.base = g.a[K - 1] / (first + double(K) - 1);
+  for (size_t k = 0; k < K; ++k)
+    if (!same((first + double(k)) * g.base, g.a[k])) return g;
+  g.power0 = int(first);
+  return g;
+}
+
+// One call: the request with its groups and normalisers, and the kernel's view of it.
+struct Plan {
+  const Request& q;
+  const Pool& pool;
+  Groups groups;
+  Grid grid;
+  std::vector<double> coeff, row_ce, row_cmi, kl;
+  double ce_norm = 1, cmi_norm = 1;
+  Job job{};
+
+  Plan(const Request& request, const Pool& p)
+      : q(request), pool(p), groups(group(request)), grid(make_grid(request)) {
+    const bool spectrum = q.reduction == Reduction::spectrum;
+    const auto weight = [&](int64_t c) {
+      if (!q.class_weight) return 1.0;
+      return q.storage == Storage::f64 ? static_cast<const double*>(q.class_weight)[c]
+                                       : double(static_cast<const float*>(q.class_weight)[c]);
+    };
+    if (q.reduction == Reduction::mean || spectrum) {
+      ce_norm = 0;
+      for (size_t c = 0; c < groups.labels.size(); ++c)
+        ce_norm += weight(groups.labels[c]) * double(groups.count(c));
+      cmi_norm = double(groups.rows.size());
+    }
+    job.logits = q.logits;
+    job.storage = q.storage;
+    job.rows = q.rows, job.classes = q.classes, job.row_stride = q.row_stride, job.col_stride = q.col_stride;
+    job.temperatures = int(grid.a.size());
+    job.a = grid.a.data(), job.w = grid.w.data(), job.order = grid.order.data();
+    job.base = grid.base, job.power0 = grid.power0, job.ce_index = grid.ce_index;
+    job.class_weight = q.class_weight, job.centroids = q.centroids;
+    job.has_ce = !spectrum && q.ce_weight != 0;
+    job.has_cmi = spectrum || q.cmi_weight != 0;
+    job.ce_scale = q.ce_weight / ce_norm;
+    job.smoothing = q.label_smoothing;
+    job.weight_sum = double(q.classes);
+    if (q.class_weight && q.label_smoothing > 0) {
+      job.weight_sum = 0;
+      for (int64_t c = 0; c < q.classes; ++c) job.weight_sum += weight(c);
+    }
+    coeff.assign(grid.a.size(), 0.0);
+    set_weights(spectrum ? std::vector<double>(grid.a.size(), 0.0) : q.w, q.cmi_weight);
+  }
+
+  // The gradient of sum_k weight_k CMI_k * scale, weights in the caller's order.
+  void set_weights(const std::vector<double>& weight, double scale) {
+    for (size_t k = 0; k < coeff.size(); ++k) {
+      grid.w[k] = weight[size_t(grid.order[k])];
+      coeff[k] = grid.w[k] * grid.a[k] * scale / cmi_norm;
+    }
+    job.coeff = coeff.data();
+  }
+
+  void want_values() {
+    row_ce.assign(size_t(q.rows), 0.0);
+    row_cmi.assign(size_t(q.rows), 0.0);
+    job.row_ce = row_ce.data();
+    job.row_cmi = row_cmi.data();
+    if (q.reduction != Reduction::spectrum) return;
+    kl.assign(size_t(q.rows) * grid.a.size(), 0.0);
+    job.kl = kl.data();
+  }
+
+  bool alone(size_t c) const { return !job.has_cmi || (groups.count(c) == 1 && !job.centroids); }
+
+  Cluster cluster(size_t c) const {
+    return {groups.rows.data() + groups.begin[c], groups.count(c), groups.labels[c]};
+  }
+
+  void run();
+};
+
+// Which thread takes what never changes a result: every cluster and every row is computed the same way by
+// anyone.
+constexpr double kSerialWork = 1e5;  // elements times temperatures that are not worth waking a thread for
+constexpr double kSharedWork = 1e6;  // a cluster of at least this much may be worked on by all threads
+
+void Plan::run() {
+  const Variant& kernel = variant();
+  const double per_row = double(q.classes) * (job.temperatures + 1);
+  struct Item {
+    size_t first, last;  // clusters; all of them single rows where there are several
+  };
+  std::vector<Item> items;
+  std::vector<size_t> shared;
+  double work = 0;
+  for (size_t c = 0; c < groups.labels.size(); ++c)
+    work += alone(c) ? 2.0 * double(groups.count(c) * q.classes) : double(groups.count(c)) * per_row;
+  const bool serial = pool.threads == 1 || work < kSerialWork;
+  double gathered = 0;
+  for (size_t c = 0; c < groups.labels.size(); ++c) {
+    const double cost = double(groups.count(c)) * (alone(c) ? 2.0 * double(q.classes) : per_row);
+    if (!serial && !alone(c) && cost > kSharedWork && cost * pool.threads * 2 > work) {
+      shared.push_back(c);
+    } else if (alone(c) && gathered > 0 && gathered < 3e4) {
+      items.back().last = c + 1;
+      gathered += cost;
+    } else {
+      items.push_back({c, c + 1});
+      gathered = alone(c) ? cost : 0;
+    }
+  }
+  for (size_t c : shared) {
+    kernel.cluster(job, cluster(c), Team{pool.run}, workspace());
+    trim(workspace());
+  }
+
+  std::atomic<size_t> next{0};
+  auto worker = [&](int64_t) {
+    Workspace& ws = workspace();
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();)
+      for (size_t c = items[i].first; c < items[i].last; ++c) {
+        const Cluster cl = cluster(c);
+        if (!alone(c)) {
+          kernel.cluster(job, cl, Team{nullptr}, ws);
+          continue;
+        }
+        for (int64_t r = 0; r < cl.count; ++r) kernel.row(job, cl.rows[r], cl.label, ws);
+      }
+    trim(ws);
+  };
+  if (serial || items.size() < 2) {
+    worker(0);
+  } else {
+    using Worker = decltype(worker);
+    pool.run(
+        std::min<int64_t>(pool.threads, int64_t(items.size())),
+        [](void* w, int64_t i) { (*static_cast<Worker*>(w))(i); }, &worker);
+  }
+  if (!job.grad) return;
+  static constexpr int64_t kBytes[] = {4, 8, 2, 2};
+  const size_t row_bytes = size_t(q.classes * kBytes[int(job.grad_storage)]);
+  for (int64_t row : groups.ignored)
+    std::memset(static_cast<char*>(job.grad) + size_t(row) * row_bytes, 0, row_bytes);
+}
+
+}  // namespace
+
+void forward(const Request& q, const Pool& pool, std::vector<double>& value, void* grad,
+             Storage grad_storage) {
+  Plan plan(q, pool);
+  plan.want_values();
+  plan.job.grad = grad;
+  plan.job.grad_storage = grad_storage;
+  plan.run();
+  const size_t K = q.a.size();
+  if (q.reduction == Reduction::spectrum) {
+    value.assign(K, 0.0);
+    for (size_t i = 0; i < plan.kl.size(); ++i) value[i % K] += plan.kl[i];
+    for (double& v : value) v /= plan.cmi_norm;
+    return;
+  }
+  if (q.reduction == Reduction::none) {
+    value.assign(size_t(q.rows), 0.0);
+    for (int64_t row : plan.groups.rows) {
+      const size_t i = size_t(row);
+      value[i] = (q.ce_weight != 0 ? q.ce_weight * plan.row_ce[i] : 0.0) +
+                 (q.cmi_weight != 0 ? q.cmi_weight * plan.row_cmi[i] : 0.0);
+    }
+    return;
+  }
+  double ce = 0, cmi = 0;
+  for (int64_t row : plan.groups.rows) ce += plan.row_ce[size_t(row)], cmi += plan.row_cmi[size_t(row)];
+  // no kept row: 0 / 0 = NaN for the mean, as F.cross_entropy has it
+  value.assign(1, q.ce_weight * (ce / plan.ce_norm) + q.cmi_weight * (cmi / plan.cmi_norm));
+}
+
+void backward(const Request& q, const Pool& pool, const std::vector<double>& upstream, void* grad,
+              Storage grad_storage) {
+  Plan plan(q, pool);
+  plan.job.grad = grad;
+  plan.job.grad_storage = grad_storage;
+  if (q.reduction == Reduction::none) {
+    plan.job.upstream = upstream.data();
+  } else if (q.reduction == Reduction::spectrum) {
+    plan.set_weights(upstream, 1.0);
+  } else {
+    plan.set_weights(q.w, q.cmi_weight * upstream[0]);
+    plan.job.ce_scale *= upstream[0];
+  }
+  plan.run();
+}
+
+void class_centroids(const Request& q, const Pool& pool, void* out, int64_t* counts) {
+  Plan plan(q, pool);
+  const Groups& groups = plan.groups;
+  for (size_t c = 0; c < groups.labels.size(); ++c) counts[groups.labels[c]] = groups.count(c);
+  struct Each {
+    Plan& plan;
+    void* out;
+  } each{plan, out};
+  pool.run(
+      int64_t(groups.labels.size()),
+      [](void* arg, int64_t c) {
+        Each& e = *static_cast<Each*>(arg);
+        variant().centroid(e.plan.job, e.plan.cluster(size_t(c)), e.out, workspace());
+        trim(workspace());
+      },
+      &each);
+}
+
+void scale(const void* saved, Storage saved_storage, double grad, void* out, Storage out_storage,
+           int64_t count, const Pool& pool) {
+  static constexpr int64_t kBlock = 1 << 15;
+  static constexpr int64_t kBytes[] = {4, 8, 2, 2};
+  struct Each {
+    const char* saved;
+    char* out;
+    Storage saved_storage, out_storage;
+    double grad;
+    int64_t count;
+  } each{static_cast<const char*>(saved), static_cast<char*>(out), saved_storage, out_storage, grad, count};
+  const auto block = [](void* arg, int64_t b) {
+    const Each& e = *static_cast<Each*>(arg);
+    variant().scale(e.saved + b * kBlock * kBytes[int(e.saved_storage)], e.saved_storage, e.grad,
+                    e.out + b * kBlock * kBytes[int(e.out_storage)], e.out_storage,
+                    std::min(kBlock, e.count - b * kBlock));
+  };
+  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  if (blocks < 2)
+    for (int64_t b = 0; b < blocks; ++b) block(&each, b);
+  else
+    pool.run(blocks, block, &each);
+}
+
+const Variant& variant() {
+  static const Variant& chosen = []() -> const Variant& {
+    std::vector<const Variant*> all;
+#if defined(__x86_64__)
+    all = {&kAvx512, &kAvx2};
+#endif
+    all.push_back(&kBaseline);
+    const char* name = std::getenv("CMIM_KERNELS_CPU_VARIANT");
+    if (name && *name) {
+      std::string names;
+      for (const Variant* v : all) {
+        names += std::string(names.empty() ? "" : ", ") + v->name;
+        if (std::strcmp(v->name, name) != 0) continue;
+        if (v->supported()) return *v;
+        throw std::runtime_error(std::string("CMIM_KERNELS_CPU_VARIANT: this processor cannot run '") + name +
+                                 "'");
+      }
+      throw std::runtime_error(std::string("CMIM_KERNELS_CPU_VARIANT: expected one of ") + names + ", got '" +
+                               name + "'");
+    }
+    for (const Variant* v : all)
+      if (v->supported()) return *v;
+    return kBaseline;
+  }();
+  return chosen;
+}
+
+}  // namespace cmim::cpu

@@ -1,0 +1,166 @@
+// One row of logits: loading it in any storage and stride, its cross entropy, and writing its gradient.
+// Included inside an anonymous namespace, after simd.h and elementary.h.
+
+inline int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
+
+template <class F>
+inline auto with_storage(Storage s, F&& f) {
+  switch (s) {
+    case Storage::f64:
+      return f(double{});
+    case Storage::bf16:
+      return f(Bf16{});
+    case Storage::f16:
+      return f(F16{});
+    default:
+      return f(float{});
+  }
+}
+
+inline double element(const void* p, Storage s, int64_t i) {
+  switch (s) {
+    case Storage::f64:
+      return static_cast<const double*>(p)[i];
+    case Storage::bf16:
+      return bits<float>(uint32_t(static_cast<const Bf16*>(p)[i].bits) << 16);
+    case Storage::f16:
+      return half_to_float(static_cast<const F16*>(p)[i].bits);
+    default:
+      return static_cast<const float*>(p)[i];
+  }
+}
+
+// Entry j of an optional vector or table of the compute type, which is double exactly for double logits.
+inline double entry(const Job& job, const void* p, int64_t j) {
+  return job.storage == Storage::f64 ? static_cast<const double*>(p)[j] : static_cast<const float*>(p)[j];
+}
+inline double class_weight(const Job& job, int64_t j) {
+  return job.class_weight ? entry(job, job.class_weight, j) : 1.0;
+}
+
+// z(row, :) as T in x, padded with -inf to whole vectors; returns its maximum. NaN is left for the caller's
+// sums.
+template <class T>
+inline T load_row(const Job& job, int64_t row, T* x) {
+  constexpr int W = Simd<T>::width;
+  return with_storage(job.storage, [&](auto tag) -> T {
+    using S = decltype(tag);
+    if constexpr (sizeof(S) > sizeof(T)) {
+      return T{};  // double logits are never computed in float
+    } else {
+      const S* z = static_cast<const S*>(job.logits) + row * job.row_stride;
+      Vec<T> best = splat<T>(-__builtin_inf());
+      S gathered[W];
+      for (int64_t j = 0; j < job.classes; j += W) {
+        const int64_t valid = job.classes - j < W ? job.classes - j : W;
+        const S* from = z + j;
+        if (job.col_stride != 1) {
+          for (int64_t l = 0; l < valid; ++l) gathered[l] = z[(j + l) * job.col_stride];
+          from = gathered;
+        }
+        const Vec<T> v = valid == W ? Convert<T, S>::from(from) : load_tail<T, S>(from, valid);
+        best = vmax<T>(v, best);
+        store(x + j, v);
+      }
+      return max_lanes<T>(best);
+    }
+  });
+}
+
+// What the cross entropy of one row contributes: the gradient is softmax * probability - smooth *
+// class_weight, less one_hot at the label.
+struct RowEntropy {
+  double probability, one_hot, smooth;
+};
+inline RowEntropy row_entropy(const Job& job, int64_t row, int64_t label) {
+  if (!job.has_ce) return {0, 0, 0};
+  const double scale = job.upstream ? job.ce_scale * job.upstream[row] : job.ce_scale;
+  const double one_hot = (1 - job.smoothing) * class_weight(job, label);
+  const double smooth = job.smoothing / double(job.classes);
+  return {scale * (one_hot + smooth * job.weight_sum), scale * one_hot, scale * smooth};
+}
+// The row's cross entropy in nats, from log sum exp z. Reads the logits themselves: a masked label is
+// infinitely wrong.
+inline double row_entropy_value(const Job& job, int64_t row, int64_t label, double log_sum) {
+  auto z = [&](int64_t j) {
+    return element(job.logits, job.storage, row * job.row_stride + j * job.col_stride);
+  };
+  double value = (1 - job.smoothing) * class_weight(job, label) * (log_sum - z(label));
+  if (job.smoothing > 0) {
+    double smooth = 0;
+    for (int64_t j = 0; j < job.classes; ++j) smooth += class_weight(job, j) * (log_sum - z(j));
+    value += smooth * (job.smoothing / double(job.classes));
+  }
+  return value;
+}
+
+// Subtracts the cross entropy's target distribution from a gradient row that is still in T.
+template <class T>
+inline void subtract_target(const Job& job, const RowEntropy& e, int64_t label, T* g) {
+  if (e.smooth != 0)
+    for (int64_t j = 0; j < job.classes; ++j) g[j] -= T(e.smooth * class_weight(job, j));
+  g[label] -= T(e.one_hot);
+}
+
+// Writes value(j), a vector of the gradient at columns j .., rounded once to the gradient's storage.
+template <class T, class F>
+inline void write_row(const Job& job, int64_t row, F&& value) {
+  constexpr int W = Simd<T>::width;
+  with_storage(job.grad_storage, [&](auto tag) {
+    using S = decltype(tag);
+    if constexpr (sizeof(S) <= sizeof(T)) {
+      S* out = static_cast<S*>(job.grad) + row * job.classes;
+      int64_t j = 0;
+      for (; j + W <= job.classes; j += W) Convert<T, S>::to(out + j, value(j));
+      if (j < job.classes) store_tail<T, S>(out + j, value(j), job.classes - j);
+    }
+  });
+}
+
+// Grows the workspace to hold `bytes` and returns it, aligned to a cache line.
+inline char* reserve(Workspace& ws, int64_t bytes) {
+  if (bytes > ws.bytes) {
+    __builtin_free(ws.data);
+    ws.bytes = round_up(bytes + bytes / 4, 64);
+    ws.data = __builtin_malloc(size_t(ws.bytes + 64));
+    if (!ws.data) __builtin_trap();
+  }
+  return reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(ws.data), 64));
+}
+
+// A row that only the cross entropy sees: a cluster of one, or no CMI at all.
+template <class T>
+void entropy_row(const Job& job, int64_t row, int64_t label, Workspace& ws) {
+  using V = Vec<T>;
+  constexpr int W = Simd<T>::width;
+  const int64_t Cp = round_up(job.classes, W);
+  T* x = reinterpret_cast<T*>(reserve(ws, Cp * int64_t(sizeof(T))));
+  V e_sum{};
+  double sum = 0, log_sum = 0;
+  if (job.has_ce) {
+    const T top = load_row(job, row, x);
+    for (int64_t j = 0; j < Cp; j += W) {
+      const V e = exp_nonpositive(load<V>(x + j) - top);
+      store(x + j, e);
+      e_sum += e;
+      if ((j / W) % 1024 == 1023) sum += double(sum_lanes<T>(e_sum)), e_sum = V{};
+    }
+    sum += double(sum_lanes<T>(e_sum));
+    log_sum = __builtin_log(sum) + double(top);
+    if (job.row_ce) job.row_ce[row] = row_entropy_value(job, row, label, log_sum);
+  } else if (job.row_ce) {
+    job.row_ce[row] = 0;
+  }
+  if (!job.grad) return;
+  const RowEntropy e = row_entropy(job, row, label);
+  const T scale = T(e.probability / sum);
+  if (!job.has_ce) {
+    write_row<T>(job, row, [&](int64_t) { return V{}; });
+    return;
+  }
+  for (int64_t j = 0; j < Cp; j += W) store(x + j, load<V>(x + j) * scale);
+  subtract_target(job, e, label, x);
+  write_row<T>(job, row, [&](int64_t j) { return load<V>(x + j); });
+}

@@ -1,0 +1,198 @@
+// Vectors of the width this translation unit is compiled for, through the compiler's vector extension: one
+// source for every instruction set. Included inside an anonymous namespace (see problem.h for why).
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  static constexpr int width = kVectorBytes / 4;
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Simd<double> {
+  static constexpr int width = kVectorBytes / 8;
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename Simd<T>::V;
+template <class T>
+using Int = typename Simd<T>::I;
+
+// The 16-bit types are only storage: their bits.
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+// T lanes of float, 32-bit and 16-bit integers: what a conversion from and to a narrower storage needs
+template <class T>
+struct Narrow {
+  typedef float F __attribute__((vector_size(Simd<T>::width * 4)));
+  typedef uint32_t U __attribute__((vector_size(Simd<T>::width * 4)));
+  typedef uint16_t H __attribute__((vector_size(Simd<T>::width * 2)));
+};
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+inline void store(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+template <class To, class From>
+inline To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To r;
+  __builtin_memcpy(&r, &v, sizeof(To));
+  return r;
+}
+
+template <class T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+template <class T>
+inline Vec<T> vmax(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+template <class T>
+inline T sum_lanes(Vec<T> v) {
+  T lane[Simd<T>::width];
+  store(lane, v);
+  for (int width = Simd<T>::width / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+template <class T>
+inline T max_lanes(Vec<T> v) {
+  T m = v[0];
+  for (int i = 1; i < Simd<T>::width; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  if (magnitude >= 0x7c00) return bits<float>(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13));
+  // scaling by 2^112 moves the exponent's bias and normalises the subnormals in one exact step; through
+  // double because the kernel runs with subnormal floats flushed
+  const double wide = double(bits<float>(0x3f800000u | ((magnitude & 0x3ff) << 13)));
+  const int exponent = int(magnitude >> 10);
+  const double value =
+      exponent == 0 ? double(magnitude) * 0x1p-24 : wide * __builtin_ldexp(1.0, exponent - 15);
+  return sign ? -float(value) : float(value);
+}
+inline uint16_t float_to_half(float f) {
+  const uint32_t b = bits<uint32_t>(f), sign = (b >> 16) & 0x8000, magnitude = b & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to infinity
+  if (magnitude < 0x38800000) {                                 // subnormal half: round in units of 2^-24
+    const double units = double(bits<float>(magnitude)) * 0x1p24;
+    return uint16_t(sign | uint32_t((units + 0x1p52) - 0x1p52));
+  }
+  return uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+}
+
+template <class T, class S>
+struct Convert;  // Vec<T> from and to width lanes of storage S
+
+template <class T>
+struct Convert<T, T> {
+  static Vec<T> from(const T* p) { return load<Vec<T>>(p); }
+  static void to(T* p, Vec<T> v) { store(p, v); }
+};
+template <>
+struct Convert<double, float> {
+  using F = Narrow<double>::F;
+  static Vec<double> from(const float* p) { return __builtin_convertvector(load<F>(p), Vec<double>); }
+  static void to(float* p, Vec<double> v) { store(p, __builtin_convertvector(v, F)); }
+};
+template <>
+struct Convert<float, double> {  // only a float kernel that writes a double gradient would need it
+  static Vec<float> from(const double*);
+  static void to(double*, Vec<float>);
+};
+template <class T>
+struct Convert<T, Bf16> {
+  using F = typename Narrow<T>::F;
+  using U = typename Narrow<T>::U;
+  using H = typename Narrow<T>::H;
+  static Vec<T> from(const Bf16* p) {
+    const U wide = __builtin_convertvector(load<H>(p), U) << 16;
+    return __builtin_convertvector(bits<F>(wide), Vec<T>);
+  }
+  static void to(Bf16* p, Vec<T> v) {
+    const F f = __builtin_convertvector(v, F);
+    const U b = bits<U>(f);
+    const U rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    const U nan = (b >> 16) | 0x40;
+    store(p, __builtin_convertvector(U(f != f ? nan : rounded), H));
+  }
+};
+template <class T>
+struct Convert<T, F16> {
+  using F = typename Narrow<T>::F;
+  static constexpr int width = Simd<T>::width;
+  static Vec<T> from(const F16* p) {
+    F f;
+#if defined(__AVX512F__)
+    if constexpr (width == 16)
+      f = bits<F>(_mm512_maskz_cvtph_ps(0xffff, load<__m256i>(p)));
+    else
+      f = bits<F>(_mm256_cvtph_ps(load<__m128i>(p)));
+#elif defined(__F16C__)
+    if constexpr (width == 8)
+      f = bits<F>(_mm256_cvtph_ps(load<__m128i>(p)));
+    else
+      f = bits<F>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    for (int i = 0; i < width; ++i) f[i] = half_to_float(p[i].bits);
+#endif
+    return __builtin_convertvector(f, Vec<T>);
+  }
+  static void to(F16* p, Vec<T> v) {
+    const F f = __builtin_convertvector(v, F);
+#if defined(__AVX512F__)
+    if constexpr (width == 16)
+      store(p, _mm512_maskz_cvtps_ph(0xffff, bits<__m512>(f), 0));
+    else
+      store(p, _mm256_cvtps_ph(bits<__m256>(f), 0));
+#elif defined(__F16C__)
+    if constexpr (width == 8)
+      store(p, _mm256_cvtps_ph(bits<__m256>(f), 0));
+    else
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(bits<__m128>(f), 0));
+#else
+    for (int i = 0; i < width; ++i) p[i].bits = float_to_half(f[i]);
+#endif
+  }
+};
+
+// Lanes beyond `valid` read as -inf (a masked class) and are not written.
+template <class T, class S>
+inline Vec<T> load_tail(const S* p, int64_t valid) {
+  S lane[Simd<T>::width];
+  Convert<T, S>::to(lane, splat<T>(-__builtin_inf()));
+  __builtin_memcpy(lane, p, size_t(valid) * sizeof(S));
+  return Convert<T, S>::from(lane);
+}
+template <class T, class S>
+inline void store_tail(S* p, Vec<T> v, int64_t valid) {
+  S lane[Simd<T>::width];
+  Convert<T, S>::to(lane, v);
+  __builtin_memcpy(p, lane, size_t(valid) * sizeof(S));
+}
