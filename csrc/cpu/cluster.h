@@ -1,5 +1,4 @@
 // The loss of one cluster: the rows of one class against their centroid, at every temperature.
-// Included inside an anonymous namespace, after simd.h, elementary.h and row.h.
 //
 //   prepare(row)         X = z - max z, E = exp(base X), S_k = sum exp(a_k X), the cross entropy
 //   centroid(tile)       L_k = log Q_k, shifted by the mean over the rows of log S_k, which keeps t small
@@ -14,6 +13,17 @@
 //
 // In float, t carries the rounding of numbers of the size of the logits: enough for a wide cluster. A cluster
 // that has nearly collapsed is done again in double, where KL is summed as Q psi(t), which never cancels.
+#pragma once
+
+#include <type_traits>
+
+#include "elementary.h"
+#include "problem.h"
+#include "row.h"
+#include "simd.h"
+
+namespace cmim::cpu {
+namespace {  // a copy for each variant: see problem.h
 
 constexpr int kTileVectors = 16;
 constexpr int kSumBlock =
@@ -403,3 +413,6 @@ struct ClusterPass {
     return true;
   }
 };
+
+}  // namespace
+}  // namespace cmim::cpu

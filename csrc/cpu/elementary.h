@@ -1,6 +1,12 @@
 // exp and log of a vector, accurate to about one unit in the last place over the range the kernel needs.
-// Included inside an anonymous namespace. Polynomials were fitted for this file by Lawson iteration (float),
-// or are truncated Taylor series (double); their relative errors: exp 3e-9 / 4e-18, log 6e-9 / 1e-17.
+// The polynomials were fitted for this file by Lawson iteration (float) or are truncated Taylor series
+// (double); their relative errors: exp 3e-9 / 4e-18, log 6e-9 / 1e-17.
+#pragma once
+
+#include "simd.h"
+
+namespace cmim::cpu {
+namespace {  // a copy for each variant: see problem.h
 
 // exp(x) for x <= 0 (a little above is fine); exactly 0 below the smallest normal number; NaN for NaN.
 inline Vec<float> exp_nonpositive(Vec<float> x) {
@@ -73,3 +79,6 @@ inline Vec<double> psi(Vec<double> t, Vec<double> ratio) {
   const Vec<double> near = p * (t * t), far = ratio * t - ratio + 1.0;
   return (t < 0.125) & (t > -0.125) ? near : far;
 }
+
+}  // namespace
+}  // namespace cmim::cpu

@@ -1,21 +1,12 @@
 // One instruction-set variant of the CPU kernel. This file is compiled once per variant, with CMIM_VARIANT
 // naming it and the compiler's flags choosing the instructions; everything but the table at the end has
 // internal linkage.
-#include <type_traits>
-
+#include "cluster.h"
 #include "problem.h"
-
-#if defined(__x86_64__)
-  #include <immintrin.h>
-#endif
+#include "row.h"
 
 namespace cmim::cpu {
 namespace {
-
-#include "cluster.h"
-#include "elementary.h"
-#include "row.h"
-#include "simd.h"
 
 // Flushes subnormal numbers while a kernel runs: powers of an exponential pass through them on their way to
 // zero, and some processors take a hundred cycles for each.

@@ -1,5 +1,12 @@
 // One row of logits: loading it in any storage and stride, its cross entropy, and writing its gradient.
-// Included inside an anonymous namespace, after simd.h and elementary.h.
+#pragma once
+
+#include "elementary.h"
+#include "problem.h"
+#include "simd.h"
+
+namespace cmim::cpu {
+namespace {  // a copy for each variant: see problem.h
 
 inline int64_t round_up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;
@@ -164,3 +171,6 @@ void entropy_row(const Job& job, int64_t row, int64_t label, Workspace& ws) {
   subtract_target(job, e, label, x);
   write_row<T>(job, row, [&](int64_t j) { return load<V>(x + j); });
 }
+
+}  // namespace
+}  // namespace cmim::cpu

@@ -1,5 +1,15 @@
 // Vectors of the width this translation unit is compiled for, through the compiler's vector extension: one
-// source for every instruction set. Included inside an anonymous namespace (see problem.h for why).
+// source for every instruction set.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+  #include <immintrin.h>
+#endif
+
+namespace cmim::cpu {
+namespace {  // a copy for each variant: see problem.h
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -196,3 +206,6 @@ inline void store_tail(S* p, Vec<T> v, int64_t valid) {
   Convert<T, S>::to(lane, v);
   __builtin_memcpy(p, lane, size_t(valid) * sizeof(S));
 }
+
+}  // namespace
+}  // namespace cmim::cpu
