@@ -9,7 +9,7 @@ namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
 // exp(x) for x <= 0 (a little above is fine); exactly 0 below the smallest normal number; NaN for NaN.
-inline Vec<float> exp_nonpositive(Vec<float> x) {
+CMIM_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   const float magic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the mantissa
   const Vec<float> shifted = x * 0x1.715476p0f + magic;
   const Vec<float> n = shifted - magic;
@@ -23,7 +23,7 @@ inline Vec<float> exp_nonpositive(Vec<float> x) {
   const Vec<float> y = bits<Vec<float>>(bits<Int<float>>(p) + (bits<Int<float>>(shifted) << 23));
   return x < -87.0f ? Vec<float>{} : y;
 }
-inline Vec<double> exp_nonpositive(Vec<double> x) {
+CMIM_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   const double magic = 0x1.8p52;
   const Vec<double> shifted = x * 0x1.71547652b82fep0 + magic;
   const Vec<double> n = shifted - magic;
@@ -40,7 +40,7 @@ inline Vec<double> exp_nonpositive(Vec<double> x) {
 }
 
 // log(x) for normal x > 0; NaN for NaN; a finite number of no meaning for zero and subnormal x.
-inline Vec<float> log_positive(Vec<float> x) {
+CMIM_INLINE Vec<float> log_positive(Vec<float> x) {
   const Int<float> ix = bits<Int<float>>(x) - 0x3f3504f3;  // 1/sqrt(2)
   const Int<float> exponent = ix >> 23;
   const Vec<float> f = bits<Vec<float>>((ix & 0x7fffff) + 0x3f3504f3) - 1.0f;
@@ -56,7 +56,7 @@ inline Vec<float> log_positive(Vec<float> x) {
   const Vec<float> low = p * (f2 * f) + n * 0x1.7f7d1cp-20f - 0.5f * f2;
   return (low + f) + n * 0x1.62e4p-1f + 0.0f * x;  // the last term carries a NaN through
 }
-inline Vec<double> log_positive(Vec<double> x) {
+CMIM_INLINE Vec<double> log_positive(Vec<double> x) {
   const int64_t half_root = 0x3fe6a09e667f3bcd;
   const Int<double> ix = bits<Int<double>>(x) - half_root;
   const Int<double> exponent = ix >> 52;
@@ -71,13 +71,65 @@ inline Vec<double> log_positive(Vec<double> x) {
 
 // psi(t) = t e^t - e^t + 1 = sum_{m >= 2} t^m (m - 1) / m!, the summand of the generalised KL divergence over
 // Q: a polynomial for |t| <= 1/8, where the closed form would cancel. ratio = e^t.
-inline Vec<double> psi(Vec<double> t, Vec<double> ratio) {
+CMIM_INLINE Vec<double> psi(Vec<double> t, Vec<double> ratio) {
   Vec<double> p = splat(9.0 / 3628800);
   constexpr double c[] = {8.0 / 362880, 7.0 / 40320, 6.0 / 5040, 5.0 / 720,
                           4.0 / 120,    3.0 / 24,    2.0 / 6,    1.0 / 2};
   for (double k : c) p = p * t + k;
   const Vec<double> near = p * (t * t), far = ratio * t - ratio + 1.0;
   return (t < 0.125) & (t > -0.125) ? near : far;
+}
+
+// The remaining functions serve clusters that have nearly collapsed, where everything is small.
+
+// exp(x) - 1 for |x| <= 1.05
+CMIM_INLINE Vec<float> expm1_small(Vec<float> x) {
+  Vec<float> p = x * 2.7570751e-06f + 2.54742057e-05f;
+  p = p * x + 0.000198490944f;
+  p = p * x + 0.00138835356f;
+  p = p * x + 0.00833326571f;
+  p = p * x + 0.0416668198f;
+  p = p * x + 0.166666681f;
+  p = p * x + 0.5f;
+  return p * (x * x) + x;
+}
+
+// log(1 + f) for -0.42 <= f <= 0.7
+CMIM_INLINE Vec<float> log1p_small(Vec<float> f) {
+  Vec<float> p = f * -0.0406498491f + 0.1093682f;
+  p = p * f - 0.130151417f;
+  p = p * f + 0.115669035f;
+  p = p * f - 0.119714728f;
+  p = p * f + 0.141415391f;
+  p = p * f - 0.167022056f;
+  p = p * f + 0.200111735f;
+  p = p * f - 0.24999196f;
+  p = p * f + 0.333330994f;
+  const Vec<float> f2 = f * f;
+  return (p * f - 0.5f) * f2 + f;
+}
+
+// psi(t) / (t e^t) = (t - 1 + e^-t) / t, so that psi's sum over Q is one over P t: |t| <= 0.3 with 4 as the
+// order, 1.5 with 8
+template <int kOrder>
+CMIM_INLINE Vec<float> psi_ratio(Vec<float> t) {
+  Vec<float> p;
+  if constexpr (kOrder == 4) {
+    p = t * 0.00138981777f - 0.00835566469f;
+    p = p * t + 0.0416667715f;
+    p = p * t - 0.166666165f;
+    p = p * t + 0.5f;
+  } else {
+    p = t * 2.79027937e-07f - 2.88356413e-06f;
+    p = p * t + 2.48159154e-05f;
+    p = p * t - 0.000198199448f;
+    p = p * t + 0.00138885508f;
+    p = p * t - 0.00833346361f;
+    p = p * t + 0.0416666847f;
+    p = p * t - 0.166666645f;
+    p = p * t + 0.5f;
+  }
+  return p * t;
 }
 
 }  // namespace

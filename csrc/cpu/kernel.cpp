@@ -1,9 +1,9 @@
 // One instruction-set variant of the CPU kernel. This file is compiled once per variant, with CMIM_VARIANT
 // naming it and the compiler's flags choosing the instructions; everything but the table at the end has
 // internal linkage.
-#include "cluster.h"
 #include "problem.h"
 #include "row.h"
+#include "wide.h"
 
 namespace cmim::cpu {
 namespace {
@@ -22,23 +22,22 @@ class FlushSubnormals {
 };
 
 template <class T, bool kGiven, bool kPerRow>
-bool run_pass(const Job& job, const Cluster& cluster, const Team& team, Workspace& ws) {
-  const bool whole = team.run != nullptr;
-  ClusterPass<T, kGiven, kPerRow> pass(job, cluster, whole, ws);
-  return pass.chain() ? pass.template run<true>(team, whole) : pass.template run<false>(team, whole);
+bool run_wide(const Job& job, const Cluster& cluster, const Team& team, Workspace& ws) {
+  Wide<T, kGiven, kPerRow> pass(job, cluster, team.run != nullptr, ws);
+  return pass.chain ? pass.template run<true>(team) : pass.template run<false>(team);
 }
 
 void cluster(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
   const FlushSubnormals guard;
   const bool wide = job.storage != Storage::f64;
   if (job.centroids) {
-    if (wide && run_pass<float, true, false>(job, cl, team, ws)) return;
-    run_pass<double, true, false>(job, cl, team, ws);
+    if (wide && run_wide<float, true, false>(job, cl, team, ws)) return;
+    run_wide<double, true, false>(job, cl, team, ws);
   } else if (job.upstream) {
-    run_pass<double, false, true>(job, cl, team, ws);
+    run_wide<double, false, true>(job, cl, team, ws);
   } else {
-    if (wide && run_pass<float, false, false>(job, cl, team, ws)) return;
-    run_pass<double, false, false>(job, cl, team, ws);
+    if (wide && run_wide<float, false, false>(job, cl, team, ws)) return;
+    run_wide<double, false, false>(job, cl, team, ws);
   }
 }
 

@@ -13,7 +13,7 @@ inline int64_t round_up(int64_t n, int64_t to) {
 }
 
 template <class F>
-inline auto with_storage(Storage s, F&& f) {
+CMIM_INLINE auto with_storage(Storage s, F&& f) {
   switch (s) {
     case Storage::f64:
       return f(double{});

@@ -8,6 +8,10 @@
   #include <immintrin.h>
 #endif
 
+// A vector that is passed to a call goes through memory: everything that takes one has to be inlined.
+#define CMIM_INLINE __attribute__((always_inline)) inline
+#define CMIM_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
@@ -55,17 +59,17 @@ struct Narrow {
 };
 
 template <class V>
-inline V load(const void* p) {
+CMIM_INLINE V load(const void* p) {
   V v;
   __builtin_memcpy(&v, p, sizeof(V));
   return v;
 }
 template <class V>
-inline void store(void* p, V v) {
+CMIM_INLINE void store(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 template <class To, class From>
-inline To bits(From v) {
+CMIM_INLINE To bits(From v) {
   static_assert(sizeof(To) == sizeof(From), "same size");
   To r;
   __builtin_memcpy(&r, &v, sizeof(To));
@@ -73,15 +77,15 @@ inline To bits(From v) {
 }
 
 template <class T>
-inline Vec<T> splat(T x) {
+CMIM_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
 template <class T>
-inline Vec<T> vmax(Vec<T> a, Vec<T> b) {
+CMIM_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 template <class T>
-inline T sum_lanes(Vec<T> v) {
+CMIM_INLINE T sum_lanes(Vec<T> v) {
   T lane[Simd<T>::width];
   store(lane, v);
   for (int width = Simd<T>::width / 2; width > 0; width /= 2)
@@ -89,7 +93,7 @@ inline T sum_lanes(Vec<T> v) {
   return lane[0];
 }
 template <class T>
-inline T max_lanes(Vec<T> v) {
+CMIM_INLINE T max_lanes(Vec<T> v) {
   T m = v[0];
   for (int i = 1; i < Simd<T>::width; ++i) m = v[i] > m ? v[i] : m;
   return m;
@@ -122,30 +126,32 @@ struct Convert;  // Vec<T> from and to width lanes of storage S
 
 template <class T>
 struct Convert<T, T> {
-  static Vec<T> from(const T* p) { return load<Vec<T>>(p); }
-  static void to(T* p, Vec<T> v) { store(p, v); }
+  CMIM_INLINE static Vec<T> from(const T* p) { return load<Vec<T>>(p); }
+  CMIM_INLINE static void to(T* p, Vec<T> v) { store(p, v); }
 };
 template <>
 struct Convert<double, float> {
   using F = Narrow<double>::F;
-  static Vec<double> from(const float* p) { return __builtin_convertvector(load<F>(p), Vec<double>); }
-  static void to(float* p, Vec<double> v) { store(p, __builtin_convertvector(v, F)); }
+  CMIM_INLINE static Vec<double> from(const float* p) {
+    return __builtin_convertvector(load<F>(p), Vec<double>);
+  }
+  CMIM_INLINE static void to(float* p, Vec<double> v) { store(p, __builtin_convertvector(v, F)); }
 };
 template <>
 struct Convert<float, double> {  // only a float kernel that writes a double gradient would need it
-  static Vec<float> from(const double*);
-  static void to(double*, Vec<float>);
+  CMIM_INLINE static Vec<float> from(const double*);
+  CMIM_INLINE static void to(double*, Vec<float>);
 };
 template <class T>
 struct Convert<T, Bf16> {
   using F = typename Narrow<T>::F;
   using U = typename Narrow<T>::U;
   using H = typename Narrow<T>::H;
-  static Vec<T> from(const Bf16* p) {
+  CMIM_INLINE static Vec<T> from(const Bf16* p) {
     const U wide = __builtin_convertvector(load<H>(p), U) << 16;
     return __builtin_convertvector(bits<F>(wide), Vec<T>);
   }
-  static void to(Bf16* p, Vec<T> v) {
+  CMIM_INLINE static void to(Bf16* p, Vec<T> v) {
     const F f = __builtin_convertvector(v, F);
     const U b = bits<U>(f);
     const U rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
@@ -157,7 +163,7 @@ template <class T>
 struct Convert<T, F16> {
   using F = typename Narrow<T>::F;
   static constexpr int width = Simd<T>::width;
-  static Vec<T> from(const F16* p) {
+  CMIM_INLINE static Vec<T> from(const F16* p) {
     F f;
 #if defined(__AVX512F__)
     if constexpr (width == 16)
@@ -174,7 +180,7 @@ struct Convert<T, F16> {
 #endif
     return __builtin_convertvector(f, Vec<T>);
   }
-  static void to(F16* p, Vec<T> v) {
+  CMIM_INLINE static void to(F16* p, Vec<T> v) {
     const F f = __builtin_convertvector(v, F);
 #if defined(__AVX512F__)
     if constexpr (width == 16)
@@ -194,14 +200,14 @@ struct Convert<T, F16> {
 
 // Lanes beyond `valid` read as -inf (a masked class) and are not written.
 template <class T, class S>
-inline Vec<T> load_tail(const S* p, int64_t valid) {
+CMIM_INLINE Vec<T> load_tail(const S* p, int64_t valid) {
   S lane[Simd<T>::width];
   Convert<T, S>::to(lane, splat<T>(-__builtin_inf()));
   __builtin_memcpy(lane, p, size_t(valid) * sizeof(S));
   return Convert<T, S>::from(lane);
 }
 template <class T, class S>
-inline void store_tail(S* p, Vec<T> v, int64_t valid) {
+CMIM_INLINE void store_tail(S* p, Vec<T> v, int64_t valid) {
   S lane[Simd<T>::width];
   Convert<T, S>::to(lane, v);
   __builtin_memcpy(p, lane, size_t(valid) * sizeof(S));

@@ -1,0 +1,183 @@
+// What every way of computing a cluster shares: its scratch arrays, powers of one exponential, the scales of
+// each row, and the gradient once the divergences are known.
+#pragma once
+
+#include <type_traits>
+
+#include "elementary.h"
+#include "problem.h"
+#include "row.h"
+#include "simd.h"
+
+namespace cmim::cpu {
+namespace {  // a copy for each variant: see problem.h
+
+constexpr int kTileVectors = 16;
+constexpr int kSumBlock =
+    32;  // rows summed before their sum joins the centroid's: rounding does not build up
+constexpr int kFlushTiles = 64;  // sums in lanes of T go over to double this often, whatever C
+constexpr int kFlushVectors = 1024;
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// f(size of the chunk as a constant, its first temperature)
+template <class F>
+CMIM_INLINE void by_chunk(int K, F&& f) {
+  int k = 0;
+  for (; k + 8 <= K; k += 8) f(Constant<8>{}, k);
+  for (; k + 4 <= K; k += 4) f(Constant<4>{}, k);
+  for (; k < K; ++k) f(Constant<1>{}, k);
+}
+
+template <class T>
+CMIM_INLINE Vec<T> power(Vec<T> x, int p) {  // p >= 1
+  while ((p & 1) == 0) x *= x, p >>= 1;
+  Vec<T> y = x;
+  while (p >>= 1) {
+    x *= x;
+    if (p & 1) y *= x;
+  }
+  return y;
+}
+
+// e[k] = exp(a_k x) for one chunk. kChain: first is exp(base x) and a_k = (p + k) base; otherwise first is x.
+template <bool kChain, int N, class T>
+CMIM_INLINE void exponentials(Vec<T> first, const T* a, int p, Vec<T> (&e)[N]) {
+  if constexpr (kChain) {
+    e[0] = power<T>(first, p);
+    for (int k = 1; k < N; ++k) e[k] = e[k - 1] * first;
+  } else {
+    for (int k = 0; k < N; ++k) e[k] = exp_nonpositive(a[k] * first);
+  }
+}
+
+// Runs f(0 .. count - 1), on all threads of the team if it has any.
+template <class F>
+void each(const Team& team, int64_t count, F&& f) {
+  using G = std::remove_reference_t<F>;
+  if (team.run)
+    team.run(count, [](void* arg, int64_t i) { (*static_cast<G*>(arg))(i); }, &f);
+  else
+    for (int64_t i = 0; i < count; ++i) f(i);
+}
+
+template <class T>
+struct Rows {
+  using V = Vec<T>;
+  static constexpr int W = Simd<T>::width, kTile = W * kTileVectors;
+
+  const Job& job;
+  const Cluster& cluster;
+  int64_t n, C, Cp;  // rows, classes, classes in whole vectors
+  int K;
+  int64_t tiles;  // column tiles
+  bool chain;     // powers of one exponential
+  T *X, *E,
+      *G;  // (n, Cp) what the temperatures multiply; exp(base X) up to a factor of the row; the gradient
+  T *r, *c, *q;  // (n, K) P_k = r_k E^(p + k); coeff r; c sum_j P log(P/Q)
+  T* a;          // (K)
+  T* r_ce;       // (n) the softmax at temperature 1 is r_ce exp(X)
+
+  Rows(const Job& j, const Cluster& cl)
+      : job(j),
+        cluster(cl),
+        n(cl.count),
+        C(j.classes),
+        Cp(round_up(C, W)),
+        K(j.temperatures),
+        tiles((Cp + kTile - 1) / kTile),
+        chain(j.power0 > 0) {}
+
+  // Lays arrays out one after the other from an address.
+  struct Layout {
+    int64_t at;
+    template <class P>
+    void take(P*& p, int64_t count) {
+      p = reinterpret_cast<P*>(at);
+      at += round_up(count * int64_t(sizeof(P)), 64);
+    }
+  };
+
+  // `reread`: X is needed after G has been written
+  void place(Layout& layout, bool reread) {
+    layout.take(X, n * Cp);
+    layout.take(E, chain ? n * Cp : 0);
+    const bool one_chunk = K == 1 || K == 4 || K == 8;
+    if (one_chunk && !reread)
+      G = X;
+    else
+      layout.take(G, n * Cp);
+    layout.take(r, n * K), layout.take(c, n * K), layout.take(q, n * K);
+    layout.take(a, K), layout.take(r_ce, n);
+  }
+  void fill() {
+    for (int k = 0; k < K; ++k) a[k] = T(job.a[k]);
+  }
+
+  bool own_ce() const { return job.has_ce && job.ce_index < 0; }
+
+  // sums (K): S_k = sum_j E^(p + k); s_ce: that of temperature 1; log sum exp z of the row is log s_ce + top.
+  void set_row(int64_t i, const double* sums, double s_ce, double top, double upstream) {
+    const int64_t row = cluster.rows[i];
+    for (int k = 0; k < K; ++k) {
+      r[i * K + k] = T(1 / sums[k]);
+      c[i * K + k] = T(job.coeff[k] * upstream / sums[k]);
+    }
+    if (job.has_ce) {
+      r_ce[i] = T(1 / s_ce);
+      if (job.row_ce) job.row_ce[row] = row_entropy_value(job, row, cluster.label, __builtin_log(s_ce) + top);
+    } else if (job.row_ce) {
+      job.row_ce[row] = 0;
+    }
+  }
+
+  void report(int64_t i, int k, double kl, double& total) const {
+    total += job.w[k] * kl;
+    if (job.kl) job.kl[cluster.rows[i] * K + job.order[k]] = kl;
+  }
+
+  // G - sum_k q_k E^(p + k), and the cross entropy's gradient
+  template <bool kChain>
+  void write_gradient(int64_t i) {
+    const int64_t row = cluster.rows[i];
+    const RowEntropy e = row_entropy(job, row, cluster.label);
+    T* const g = G + i * Cp;
+    subtract_target(job, e, cluster.label, g);
+    const T soft = job.has_ce ? T(e.probability) * r_ce[i] : T(0);
+    if (job.has_ce && job.ce_index >= 0) q[i * K + job.ce_index] -= soft;
+    const bool add_ce = own_ce();
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value;
+      T qi[N];
+      for (int k = 0; k < N; ++k) qi[k] = q[i * K + k0 + k];
+      const T *const ai = a + k0, *const x = X + i * Cp, *const first = (kChain ? E : X) + i * Cp;
+      const int p = job.power0 + k0;
+      const bool last = k0 + N == K;
+      auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
+        V v = load<V>(g + j);
+        if constexpr (kChain) {  // Horner's rule
+          const V e1 = load<V>(first + j);
+          V h = splat(qi[N - 1]);
+          for (int k = N - 2; k >= 0; --k) h = h * e1 + qi[k];
+          v -= h * power<T>(e1, p);
+        } else {
+          V ex[N];
+          exponentials<kChain, N>(load<V>(first + j), ai, p, ex);
+          for (int k = 0; k < N; ++k) v -= qi[k] * ex[k];
+        }
+        if (last && add_ce) v += soft * exp_nonpositive(load<V>(x + j));
+        return v;
+      };
+      if (last)
+        write_row<T>(job, row, value);
+      else
+        for (int64_t j = 0; j < Cp; j += W) store(g + j, value(j));
+    });
+  }
+};
+
+}  // namespace
+}  // namespace cmim::cpu
