@@ -1,0 +1,1 @@
+"""Timings against F.cross_entropy: `pytest benchmarks --benchmark-only`, then `benchmarks/report.py`."""

@@ -1,0 +1,89 @@
+"""What is timed: shapes, spectra and inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cmim_kernels import TemperatureSpectrum
+
+CMI_WEIGHT = 10.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of N rows and C logits whose labels take `classes` values.
+
+    spread: standard deviation of the rows of a cluster about their common centre; None for unrelated rows.
+    """
+
+    n: int
+    c: int
+    classes: int
+    k: int = 8
+    grid: str = "uniform"  # uniform: integer multiples of one inverse temperature; general: of none
+    dtype: torch.dtype = torch.float32
+    spread: float | None = None
+    heavy: bool = False  # timed with --full only, except for the fused loss
+
+    @property
+    def name(self) -> str:
+        parts = [f"{self.n}x{self.c}", f"{self.classes} classes"]
+        if self.k != 8:
+            parts.append(f"K={self.k}")
+        if self.grid != "uniform":
+            parts.append(f"{self.grid} grid")
+        if self.dtype != torch.float32:
+            parts.append(str(self.dtype).removeprefix("torch."))
+        if self.spread is not None:
+            parts.append(f"spread {self.spread:g}")
+        return ", ".join(parts)
+
+    @property
+    def spectrum(self) -> TemperatureSpectrum:
+        if self.grid == "general":
+            return TemperatureSpectrum.gauss_legendre(1.0, self.k)
+        return TemperatureSpectrum.uniform(1.0, self.k)
+
+    @property
+    def bytes_moved(self) -> int:
+        """The least that a call can move: logits and labels read once, the gradient written once."""
+        return self.n * (2 * self.c * self.dtype.itemsize + 8)
+
+    def data(self, device: str) -> tuple[Tensor, Tensor]:
+        """logits (N, C), a leaf that requires grad, and target (N,) int64."""
+        generator = torch.Generator().manual_seed(0)
+        target = (torch.arange(self.n) % self.classes)[torch.randperm(self.n, generator=generator)]
+        if self.spread is None:
+            logits = 2 * torch.randn(self.n, self.c, generator=generator)
+        else:
+            centres = 2 * torch.randn(self.classes, self.c, generator=generator)
+            logits = centres[target] + self.spread * torch.randn(self.n, self.c, generator=generator)
+        logits[torch.arange(self.n), target] += 4
+        return logits.to(device, self.dtype).requires_grad_(), target.to(device)
+
+
+MAIN = [
+    Case(128, 100, 100),
+    Case(256, 100, 20),
+    Case(256, 1000, 32),
+    Case(256, 1000, 1000),
+    Case(1024, 1000, 128, heavy=True),
+    Case(512, 10, 10),
+    Case(4096, 1000, 1000, heavy=True),
+]
+HOST = [Case(8, 16, 4)]  # nothing but the path through Python and the dispatcher
+VARIED = [
+    Case(256, 1000, 32, grid="general"),
+    Case(256, 1000, 32, k=16),
+    Case(256, 1000, 32, dtype=torch.bfloat16),
+    Case(256, 1000, 32, dtype=torch.float16),
+    Case(256, 1000, 32, spread=1e-3),
+    Case(256, 1000, 32, spread=1e-2),
+    Case(256, 1000, 32, spread=1e-1),
+    Case(1024, 1000, 128, grid="general"),
+    Case(1024, 1000, 128, spread=1e-3),
+    Case(1000, 1000, 1000),  # clusters of one row
+]

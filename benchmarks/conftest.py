@@ -1,0 +1,36 @@
+"""Options of the benchmark suite, and what goes into its JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.environment import environment
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("cmim_kernels")
+    group.addoption(
+        "--full", action="store_true", help="the curves, the training step and the slow contenders, too"
+    )
+    group.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where to run (default cpu)")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("--device"))
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Results are published: they say what the machine is, not whose."""
+    machine_info.clear()
+    machine_info.update(environment())
+
+
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
+    for result in output_json["benchmarks"]:
+        result["stats"].pop("data", None)
+    output_json["commit_info"] = {"id": output_json["commit_info"].get("id")}
