@@ -1,5 +1,15 @@
 """The CMIM training loss for the price of a plain cross entropy."""
 
+from .dispatch import available_backends
+from .functional import class_centroids, cmi_spectrum, fused_cmi_loss
 from .spectrum import TemperatureSpectrum
 
-__all__ = ["TemperatureSpectrum"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "TemperatureSpectrum",
+    "available_backends",
+    "class_centroids",
+    "cmi_spectrum",
+    "fused_cmi_loss",
+]

@@ -79,7 +79,7 @@ def divergences(
 def class_centroids(
     logits: Tensor, target: Tensor, inverse_temperatures: Sequence[float], ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Mean softmax of the rows of each class: Q (K, C, C), zero where a class is absent; counts (C,) int64."""
+    """Mean softmax of the rows of each class, Q (K, C, C), zero for absent classes; counts (C,) int64."""
     kept = target != ignore_index
     z = _compute_rows(logits.detach(), kept)
     classes = z.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class TemperatureSpectrum:
 
     @classmethod
     def geometric(cls, t_min: float, t_max: float, n: int) -> TemperatureSpectrum:
-        """n temperatures from `t_min` to `t_max` in equal ratios, weights 1/n: a mean over log-temperature."""
+        """n temperatures from `t_min` to `t_max` in equal ratios, weights 1/n."""
         for name, value in (("t_min", t_min), ("t_max", t_max)):
             _positive_finite(name, value)
         if t_min > t_max:
@@ -134,13 +135,13 @@ class TemperatureSpectrum:
 
 
 def floats(name: str, values: Numbers) -> tuple[float, ...]:
-    """`values` as a non-empty tuple of Python floats; errors call it `name`. The range is the caller's concern."""
+    """`values` as a non-empty tuple of Python floats, of any range; errors call it `name`."""
     if isinstance(values, Tensor):
         values = _tensor_to_list(name, values)
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a sequence of numbers or a 1-D tensor, got {type(values).__name__}")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must hold real numbers only, got {type(value).__name__} {value!r}")
     if not values:
         raise ValueError(f"{name} must not be empty")
@@ -171,7 +172,7 @@ def _beta_and_n(beta: float, n: int) -> tuple[float, int]:
 
 
 def _positive_finite(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")

@@ -34,7 +34,7 @@ class Regime:
     build: Callable[[Generator], Batch]
 
     def make(self, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Batch:
-        """Logits (N, C) rounded to `dtype` and target (N,) int64; one seed gives one batch on every machine."""
+        """Logits (N, C) rounded to `dtype` and target (N,) int64, the same for the same seed everywhere."""
         logits, target = self.build(torch.Generator().manual_seed(seed))
         return logits.to(dtype).to(device), target.to(device)
 
@@ -129,13 +129,13 @@ def value_and_grad(
 
 
 def truth(logits: Tensor, *args: object, upstream: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Value and gradient of the reference in float64; `args` as `reference_loss` takes them after the logits."""
+    """Value and gradient of the reference in float64; `args` are those of `reference_loss` after logits."""
     wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
     return value_and_grad(reference_loss, logits.double(), *wide, upstream=upstream)
 
 
 def base(logits: Tensor, *args: object, upstream: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Value and gradient of the plain formulation; `args` as `reference_loss` takes them after the logits."""
+    """Value and gradient of the plain formulation; `args` are those of `reference_loss` after the logits."""
     return value_and_grad(base_loss, logits, *args, upstream=upstream)
 
 
@@ -152,7 +152,7 @@ def base_loss(
     ignore_index: int,
     reduction: int,
 ) -> Tensor:
-    """The loss as one writes it, in float32 (float64 for float64): log_softmax, index_add, P (log P - log Q)."""
+    """The loss as one writes it, in float32 (float64 for float64): log_softmax, mean, P (log P - log Q)."""
     kept = target != ignore_index
     z = logits if logits.dtype == torch.float64 else logits.float()
     rows, y = z[kept], target[kept]
@@ -246,7 +246,7 @@ def assert_collapse_accuracy(cmi: Tensor, grad: Tensor, true_cmi: Tensor, true_g
         raise AssertionError(f"CMI is negative: {cmi}")
     error = torch.linalg.vector_norm(grad - true_grad)
     size = torch.linalg.vector_norm(true_grad)
-    if not error <= COLLAPSE_TOLERANCE * size:
+    if not error <= COLLAPSE_TOLERANCE * size + torch.finfo(torch.float32).tiny:  # smaller ones are flushed
         raise AssertionError(
             f"gradient is off by {float(error / size):.2e} (relative, 2-norm), CMI {true_cmi}"
         )

@@ -1,0 +1,80 @@
+"""One module per native backend: each says whether it is usable, and why not, and how it computes.
+
+What the rest of the package expects of a backend module is the `Backend` protocol below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Backend(Protocol):
+    """A backend module. Its functions get validated arguments: K temperatures, logits (N, C), target (N,)
+    int64.
+
+    `class_weight` (C,) and `centroids` (K, C, C) are contiguous and of the compute dtype: float64 for float64
+    logits, else float32. `reduction` is one of the numbers in `reference.py`. `saved` is the backend's own
+    business: what `loss` returned with `save=True` comes back to `loss_backward`.
+    """
+
+    NAME: str
+
+    # True if `saved` may be the finished gradient, which `loss_backward` hands out or overwrites. Then it is
+    # given once: any later backward pass through the same graph gets an empty tensor, and computes again.
+    SAVED_IS_GRADIENT: bool
+
+    def unusable(self) -> str | None:
+        """Why this backend cannot be used in this process at all; None if it can."""
+
+    def refuses(self, logits: Tensor, temperatures: int, /) -> str | None:
+        """Why it cannot serve this call (device, dtype, size), without reading any data; None if it can."""
+
+    def saved_shape(
+        self, logits: Tensor, temperatures: int, reduction: int, save: bool, /
+    ) -> tuple[int, ...]:
+        """The shape of `saved`, which has the compute dtype; for tracing."""
+
+    def loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        inverse_temperatures: Sequence[float],
+        temperature_weights: Sequence[float],
+        class_weight: Tensor | None,
+        centroids: Tensor | None,
+        ce_weight: float,
+        cmi_weight: float,
+        label_smoothing: float,
+        ignore_index: int,
+        reduction: int,
+        save: bool,
+        /,
+    ) -> tuple[Tensor, Tensor]:
+        """(value, saved); `save=False` promises that no backward follows."""
+
+    def loss_backward(
+        self,
+        grad: Tensor,
+        saved: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        inverse_temperatures: Sequence[float],
+        temperature_weights: Sequence[float],
+        class_weight: Tensor | None,
+        centroids: Tensor | None,
+        ce_weight: float,
+        cmi_weight: float,
+        label_smoothing: float,
+        ignore_index: int,
+        reduction: int,
+        /,
+    ) -> Tensor:
+        """The gradient in the logits, (N, C) in their dtype; `grad` is the upstream one, of value's shape."""
+
+    def class_centroids(
+        self, logits: Tensor, target: Tensor, inverse_temperatures: Sequence[float], ignore_index: int, /
+    ) -> tuple[Tensor, Tensor]:
+        """(Q (K, C, C) of the compute dtype, counts (C,) int64)."""

@@ -1,0 +1,103 @@
+"""The C++ kernels for CPU tensors: the compiled library `cmim_kernels/_cpu*.so`, built from `csrc/`.
+
+`saved` is the gradient for an upstream gradient of one, (N, C) in the compute dtype, where `reduction` is
+mean or
+sum: while the exponentials of a cluster are at hand, its gradient costs little more. Otherwise it is empty.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..reference import MEAN, NONE, SPECTRUM, SUM
+
+NAME = "cpu"
+SAVED_IS_GRADIENT = True
+
+
+def _load() -> str | None:
+    """Loads the compiled operators; returns the reason if that cannot be done."""
+    package = Path(__file__).parent.parent
+    libraries = sorted(package.glob("_cpu*.so"))
+    if not libraries:
+        return f"the compiled library is missing from {package}; install the package, or build it in place"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return f"{libraries[0]} cannot be loaded: {error}"
+    return None
+
+
+_WHY_UNUSABLE = _load()
+
+if _WHY_UNUSABLE is None:
+    # Resolved once: looking an overload up takes as long as a call's checks.
+    loss = torch.ops.cmim_kernels.loss.default
+    class_centroids = torch.ops.cmim_kernels.class_centroids.default
+    _loss_backward = torch.ops.cmim_kernels.loss_backward.default
+
+
+def unusable() -> str | None:
+    """Why the compiled library could not be loaded; None if it was."""
+    return _WHY_UNUSABLE
+
+
+def refuses(logits: Tensor, temperatures: int) -> str | None:
+    """Refuses tensors of other devices."""
+    return None if logits.is_cpu else f"it serves CPU tensors, logits is on {logits.device}"
+
+
+def saved_shape(logits: Tensor, temperatures: int, reduction: int, save: bool) -> tuple[int, ...]:
+    """(N, C) if there is a gradient to keep, else (0,)."""
+    return tuple(logits.shape) if save and reduction in (MEAN, SUM) else (0,)
+
+
+def loss_backward(grad: Tensor, saved: Tensor, logits: Tensor, *args: object) -> Tensor:
+    """`torch.ops.cmim_kernels.loss_backward`; in eager mode `saved` itself becomes the result where it can.
+
+    Nobody else holds `saved` and it is given only once (`SAVED_IS_GRADIENT`), so that it may be scaled in
+    place, kept by the leaf as its `.grad`, or changed by a hook, without any later backward pass seeing that.
+    An upstream gradient of one, the usual case, costs no pass over the data at all. Reading it is free on
+    this device.
+    """
+    in_place = saved.dtype is logits.dtype and saved.numel() > 0 and type(grad) is Tensor
+    if torch.compiler.is_compiling() or not in_place:
+        return _loss_backward(grad, saved, logits, *args)
+    return saved if grad.item() == 1.0 else saved.mul_(grad)
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _fake_loss(logits: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    inverse_temperatures, reduction, save = args[1], args[9], args[10]
+    k = len(inverse_temperatures)  # type: ignore[arg-type]
+    shape = {NONE: logits.shape[:1], SPECTRUM: (k,)}.get(reduction, ())
+    if logits.is_cuda:
+        from .cuda import saved_shape as shape_of_saved
+    else:
+        shape_of_saved = saved_shape
+    dtype = _compute_dtype(logits)
+    saved = logits.new_empty(shape_of_saved(logits, k, reduction, save), dtype=dtype)
+    return logits.new_empty(shape, dtype=dtype), saved
+
+
+def _fake_loss_backward(grad: Tensor, saved: Tensor, logits: Tensor, *args: object) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _fake_class_centroids(
+    logits: Tensor, target: Tensor, inverse_temperatures: list[float], ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    k, c = len(inverse_temperatures), logits.shape[1]
+    return logits.new_empty((k, c, c), dtype=_compute_dtype(logits)), target.new_empty((c,))
+
+
+if _WHY_UNUSABLE is None:
+    torch.library.register_fake("cmim_kernels::loss", _fake_loss)
+    torch.library.register_fake("cmim_kernels::loss_backward", _fake_loss_backward)
+    torch.library.register_fake("cmim_kernels::class_centroids", _fake_class_centroids)

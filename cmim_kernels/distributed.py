@@ -1,0 +1,60 @@
+"""One loss over the batches of all ranks: the rows are gathered, each rank's own rows carry the gradient.
+
+With reductions over all rows the path through the centroids cancels in the gradient (docs/math.md), so that
+the gradient of the global loss in a rank's own rows is exact although the other ranks' rows are constants to
+it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_batch(
+    logits: Tensor, target: Tensor, ignore_index: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """The batches of all ranks of `group` in rank order: logits (W n, C), target (W n,), n = the largest row
+    count.
+
+    Shorter batches are filled up with rows to ignore. Gradients reach this rank's own rows only, W times as
+    large: DistributedDataParallel averages over the ranks, where the global loss needs the sum of every
+    rank's share. Every rank has to call this, with the same C and dtype; exchanging the row counts makes the
+    host wait for the device.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised, or this process is not in `group`.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("process_group needs torch.distributed to be initialised in this process")
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise RuntimeError("process_group does not contain this process")
+    counts = [torch.zeros(1, dtype=torch.int64, device=logits.device) for _ in range(world)]
+    dist.all_gather(counts, counts[0].new_tensor([len(target)]), group=group)
+    longest = max(int(count) for count in counts)
+    missing = longest - len(target)
+    own_logits = torch.nn.functional.pad(logits, (0, 0, 0, missing)).contiguous()
+    own_target = torch.nn.functional.pad(target, (0, missing), value=ignore_index).contiguous()
+    all_logits = [torch.empty_like(own_logits) for _ in range(world)]
+    all_target = [torch.empty_like(own_target) for _ in range(world)]
+    dist.all_gather(all_logits, own_logits.detach(), group=group)
+    dist.all_gather(all_target, own_target, group=group)
+    all_logits[rank] = _GradientTimes.apply(own_logits, float(world))
+    return torch.cat(all_logits), torch.cat(all_target)
+
+
+class _GradientTimes(torch.autograd.Function):
+    """The identity, with a gradient multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
