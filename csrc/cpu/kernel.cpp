@@ -1,6 +1,7 @@
 // One instruction-set variant of the CPU kernel. This file is compiled once per variant, with CMIM_VARIANT
 // naming it and the compiler's flags choosing the instructions; everything but the table at the end has
 // internal linkage.
+#include "narrow.h"
 #include "problem.h"
 #include "row.h"
 #include "wide.h"
@@ -30,6 +31,7 @@ bool run_wide(const Job& job, const Cluster& cluster, const Team& team, Workspac
 void cluster(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
   const FlushSubnormals guard;
   const bool wide = job.storage != Storage::f64;
+  if (Narrow::serves(job) && Narrow(job, cl, team.run != nullptr, ws).run(team)) return;
   if (job.centroids) {
     if (wide && run_wide<float, true, false>(job, cl, team, ws)) return;
     run_wide<double, true, false>(job, cl, team, ws);

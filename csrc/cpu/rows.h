@@ -117,6 +117,23 @@ struct Rows {
     for (int k = 0; k < K; ++k) a[k] = T(job.a[k]);
   }
 
+  // by_tile(team, f, g): f(tile, slot) prepares what g(row, tile, slot) uses. Alone, a thread keeps one tile
+  // at a time in its first-level cache (slot 0); a team prepares all of them first.
+  template <class F, class H>
+  void by_tile(const Team& team, F&& f, H&& g) {
+    if (team.run) {
+      each(team, tiles, [&](int64_t t) { f(t, t); });
+      each(team, n, [&](int64_t i) {
+        for (int64_t t = 0; t < tiles; ++t) g(i, t, t);
+      });
+    } else {
+      for (int64_t t = 0; t < tiles; ++t) {
+        f(t, 0);
+        for (int64_t i = 0; i < n; ++i) g(i, t, 0);
+      }
+    }
+  }
+
   bool own_ce() const { return job.has_ce && job.ce_index < 0; }
 
   // sums (K): S_k = sum_j E^(p + k); s_ce: that of temperature 1; log sum exp z of the row is log s_ce + top.

@@ -52,7 +52,7 @@ struct F16 {
 
 // T lanes of float, 32-bit and 16-bit integers: what a conversion from and to a narrower storage needs
 template <class T>
-struct Narrow {
+struct Lanes {
   typedef float F __attribute__((vector_size(Simd<T>::width * 4)));
   typedef uint32_t U __attribute__((vector_size(Simd<T>::width * 4)));
   typedef uint16_t H __attribute__((vector_size(Simd<T>::width * 2)));
@@ -131,7 +131,7 @@ struct Convert<T, T> {
 };
 template <>
 struct Convert<double, float> {
-  using F = Narrow<double>::F;
+  using F = Lanes<double>::F;
   CMIM_INLINE static Vec<double> from(const float* p) {
     return __builtin_convertvector(load<F>(p), Vec<double>);
   }
@@ -144,9 +144,9 @@ struct Convert<float, double> {  // only a float kernel that writes a double gra
 };
 template <class T>
 struct Convert<T, Bf16> {
-  using F = typename Narrow<T>::F;
-  using U = typename Narrow<T>::U;
-  using H = typename Narrow<T>::H;
+  using F = typename Lanes<T>::F;
+  using U = typename Lanes<T>::U;
+  using H = typename Lanes<T>::H;
   CMIM_INLINE static Vec<T> from(const Bf16* p) {
     const U wide = __builtin_convertvector(load<H>(p), U) << 16;
     return __builtin_convertvector(bits<F>(wide), Vec<T>);
@@ -161,7 +161,7 @@ struct Convert<T, Bf16> {
 };
 template <class T>
 struct Convert<T, F16> {
-  using F = typename Narrow<T>::F;
+  using F = typename Lanes<T>::F;
   static constexpr int width = Simd<T>::width;
   CMIM_INLINE static Vec<T> from(const F16* p) {
     F f;

@@ -274,17 +274,9 @@ struct Wide : Rows<T> {
   bool run(const Team& team) {
     each(team, n, [&](int64_t i) { prepare<kChain>(i); });
     centre();
-    if (team.run) {
-      each(team, tiles, [&](int64_t t) { centroid<kChain>(t, t); });
-      each(team, n, [&](int64_t i) {
-        for (int64_t t = 0; t < tiles; ++t) accumulate<kChain>(i, t, t);
-      });
-    } else {
-      for (int64_t t = 0; t < tiles; ++t) {
-        centroid<kChain>(t, 0);
-        for (int64_t i = 0; i < n; ++i) accumulate<kChain>(i, t, 0);
-      }
-    }
+    this->by_tile(
+        team, [&](int64_t t, int64_t slot) { centroid<kChain>(t, slot); },
+        [&](int64_t i, int64_t t, int64_t slot) { accumulate<kChain>(i, t, slot); });
     if (!kCareful && collapsed()) return false;
     each(team, n, [&](int64_t i) {
       summarise(i);

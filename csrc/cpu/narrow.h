@@ -1,0 +1,336 @@
+// A cluster whose rows nearly coincide, in float: centred on the mean logits zbar, so that no two rounded
+// probabilities are ever subtracted.
+//
+//   d = z - zbar - shift                 the row's shift makes the mean of d over softmax(a_K zbar) vanish
+//   Pbar_k = softmax(a_k zbar)           v_k = expm1(a_k d)              s_k = sum_j Pbar_k v_k
+//   P = Pbar (1 + v) / (1 + s)           vbar = mean of (v - s)/(1 + s)  Q = Pbar (1 + vbar)
+//   t = log(P/Q) = a_k d - log1p(s) - log1p(vbar)                        KL = sum_j P t psi_ratio(t)
+//
+// The shift matters for confident rows: with it the dominating class has d near 0, and its v - s does not
+// cancel. The terms of KL are never negative. v_{k+1} = v_k + v_1 + v_k v_1 keeps the relative accuracy of
+// expm1. In the arrays of Rows, X holds d, and E holds v_1 until accumulate turns it into exp(base (z - shift
+// - max zbar)).
+#pragma once
+
+#include "rows.h"
+
+namespace cmim::cpu {
+namespace {  // a copy for each variant: see problem.h
+
+// Bounds of a_K |d|. |log P - log Pbar| is at most twice that and |t| four times, within psi_ratio<4>'s
+// domain for the first; for the second the domain of psi_ratio<8> is checked.
+constexpr float kNarrowest = 0.07f, kNarrow = 1.0f;
+
+struct Narrow : Rows<float> {
+  using V = Vec<float>;
+
+  int64_t slots;                  // how many tiles pbar and L hold at a time
+  float *center, *ebar, *weight;  // (Cp) zbar; exp(base (zbar - max)); softmax(a_K zbar)
+  double* sbar;                   // (K) sum_j ebar^(p + k)
+  float *inv_sbar, *m;            // (K) its inverse; mean of s / (1 + s)
+  float *mix, *off;               // (n, K) 1 / (n (1 + s)); log1p(s), before that s
+  float *shift, *spread;          // (n) the row's constant; its largest |d|
+  float* widest;                  // (tiles) bounds of log1p(vbar)
+  V* acc;                         // (n, K) sums in lanes: for s, then for KL
+  double* sum;                    // (n, K)
+  float *pbar, *L;                // (slots, K, kTile) Pbar; log1p(vbar)
+  float top = 0;                  // max zbar
+
+  Narrow(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Rows(j, cl), slots(whole ? tiles : 1) {
+    Layout layout{0};
+    place(layout);
+    layout.at = reinterpret_cast<int64_t>(reserve(ws, layout.at));
+    place(layout);
+    fill();
+  }
+  void place(Layout& layout) {
+    Rows::place(layout, false);
+    layout.take(center, Cp), layout.take(ebar, Cp), layout.take(weight, Cp);
+    layout.take(sbar, K), layout.take(inv_sbar, K), layout.take(m, K);
+    layout.take(mix, n * K), layout.take(off, n * K + W), layout.take(shift, n), layout.take(spread, n);
+    layout.take(widest, tiles), layout.take(acc, n * K), layout.take(sum, n * K);
+    layout.take(pbar, slots * K * kTile), layout.take(L, slots * K * kTile);
+  }
+
+  static bool serves(const Job& job) {
+    return job.storage != Storage::f64 && !job.centroids && !job.upstream && job.power0 > 0 &&
+           (job.ce_index >= 0 || !job.has_ce);
+  }
+
+  // Compares two rows: wide clusters are told from narrow ones before all of them is read.
+  bool likely() {
+    load_row(job, cluster.rows[0], X);
+    load_row(job, cluster.rows[n - 1], X + (n - 1) * Cp);
+    V lo = splat(__builtin_inff()), hi = -lo;
+    for (int64_t j = 0; j + W <= C; j += W) {
+      const V d = load<V>(X + (n - 1) * Cp + j) - load<V>(X + j);  // NaN where both are masked
+      lo = d < lo ? d : lo, hi = d > hi ? d : hi;
+    }
+    return C < W || a[K - 1] * (max_lanes<float>(hi) + max_lanes<float>(-lo)) <= 2 * kNarrow;
+  }
+
+  // zbar, -inf where a class is masked throughout
+  void mean_logits(int64_t tile) {
+    const float scale = 1.0f / float(n);
+    for (int64_t j = tile * kTile; j < Cp && j < (tile + 1) * kTile; j += W) {
+      V total{};
+      for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
+        V part{};
+        for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) part += load<V>(X + i * Cp + j);
+        total += part;
+      }
+      store(center + j, total * scale);
+    }
+  }
+
+  void mean_softmax() {
+    V highest = splat(-__builtin_inff());
+    for (int64_t j = 0; j < Cp; j += W) highest = vmax<float>(load<V>(center + j), highest);
+    top = max_lanes<float>(highest);
+    const float base = float(job.base);
+    for (int k = 0; k < K; ++k) sbar[k] = 0;
+    for (int64_t j = 0; j < Cp; j += W) store(ebar + j, exp_nonpositive(base * (load<V>(center + j) - top)));
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value;
+      for (int64_t j0 = 0; j0 < Cp; j0 += kFlushVectors * W) {
+        V s[N] = {};
+        for (int64_t j = j0; j < Cp && j < j0 + kFlushVectors * W; j += W) {
+          V ex[N];
+          exponentials<true, N>(load<V>(ebar + j), a, job.power0 + k0, ex);
+          for (int k = 0; k < N; ++k) s[k] += ex[k];
+        }
+        for (int k = 0; k < N; ++k) sbar[k0 + k] += double(sum_lanes<float>(s[k]));
+      }
+    });
+    for (int k = 0; k < K; ++k) inv_sbar[k] = float(1 / sbar[k]);
+    for (int64_t j = 0; j < Cp; j += W)
+      store(weight + j, power<float>(load<V>(ebar + j), job.power0 + K - 1) * inv_sbar[K - 1]);
+  }
+
+  // X from z to d, E to v_1
+  void centre(int64_t i) {
+    float* const x = X + i * Cp;
+    float* const v1 = E + i * Cp;
+    const float base = float(job.base);
+    V dot{}, high{};
+    for (int64_t j = 0; j < Cp; j += W) {
+      const V z = load<V>(x + j), c = load<V>(center + j);
+      const V d = load<V>(ebar + j) == 0.0f ? V{} : z - c;  // a class without weight plays no part
+      store(x + j, d);
+      dot += load<V>(weight + j) * d;
+      high = vmax<float>(d < 0.0f ? -d : d, high);
+    }
+    shift[i] = sum_lanes<float>(dot);
+    V wide{};
+    for (int64_t j = 0; j < Cp; j += W) {
+      const V d = load<V>(ebar + j) == 0.0f ? V{} : load<V>(x + j) - shift[i];
+      store(x + j, d);
+      store(v1 + j, expm1_small(base * d));
+      const V size = d < 0.0f ? -d : d;
+      wide = size <= wide ? wide : size;  // keeps a NaN
+    }
+    spread[i] = 0;
+    for (int l = 0; l < W; ++l) spread[i] = wide[l] <= spread[i] ? spread[i] : wide[l];
+    // z - zbar was rounded in units of its own size: with large shifts between the rows nothing of d is left
+    if (max_lanes<float>(high) > 16 * spread[i]) spread[i] = __builtin_inff();
+    for (int64_t at = i * K; at < (i + 1) * K; ++at) acc[at] = V{}, sum[at] = 0;
+  }
+
+  void mean_tile(int64_t tile, int64_t slot) {
+    const int64_t begin = tile * kTile;
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value;
+      float* const to = pbar + (slot * K + k0) * kTile - begin;
+      for (int64_t j = begin; j < Cp && j < begin + kTile; j += W) {
+        V ex[N];
+        exponentials<true, N>(load<V>(ebar + j), a, job.power0 + k0, ex);
+        for (int k = 0; k < N; ++k) store(to + k * kTile + j, ex[k] * inv_sbar[k0 + k]);
+      }
+    });
+  }
+
+  // v[k] = expm1(a_k d) for one chunk
+  template <int N>
+  CMIM_INLINE static void chain_from(V d, V v1, float a0, int p, V (&v)[N]) {
+    const V e1 = v1 + 1.0f;
+    v[0] = p == 1 ? v1 : expm1_small(a0 * d);
+    for (int k = 1; k < N; ++k) v[k] = v[k - 1] * e1 + v1;
+  }
+
+  void row_sums(int64_t i, int64_t tile, int64_t slot) {
+    const int64_t begin = tile * kTile, end = begin + kTile < Cp ? begin + kTile : Cp;
+    const float *const x = X + i * Cp, *const e = E + i * Cp;
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value;
+      const float* const from = pbar + (slot * K + k0) * kTile - begin;
+      const int p = job.power0 + k0;
+      const float a0 = a[k0];
+      V s[N];
+      for (int k = 0; k < N; ++k) s[k] = acc[i * K + k0 + k];
+      for (int64_t j = begin; j < end; j += W) {
+        V v[N];
+        chain_from<N>(load<V>(x + j), load<V>(e + j), a0, p, v);
+        for (int k = 0; k < N; ++k) s[k] += load<V>(from + k * kTile + j) * v[k];
+      }
+      for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = s[k];
+    });
+    flush(i, tile);
+  }
+
+  void flush(int64_t i, int64_t tile) {
+    if (tile % kFlushTiles != kFlushTiles - 1 && tile != tiles - 1) return;
+    for (int64_t at = i * K; at < (i + 1) * K; ++at)
+      sum[at] += double(sum_lanes<float>(acc[at])), acc[at] = V{};
+  }
+
+  // Everything of a row that follows from its sums s. False: outside log1p_small's range.
+  bool finish_sums() {
+    for (int64_t i = 0; i < n; ++i) {
+      double* const s = sum + i * K;
+      for (int k = 0; k < K; ++k) {
+        if (!(s[k] >= -0.42 && s[k] <= 0.7)) return false;
+        off[i * K + k] = float(s[k]);
+        mix[i * K + k] = float(1 / (double(n) * (1 + s[k])));
+      }
+    }
+    for (int k = 0; k < K; ++k) {
+      double total = 0;
+      for (int64_t i = 0; i < n; ++i) total += sum[i * K + k] / (1 + sum[i * K + k]);
+      m[k] = float(total / double(n));
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      double* const s = sum + i * K;
+      for (int k = 0; k < K; ++k) s[k] = sbar[k] * (1 + s[k]);
+      set_row(i, s, job.has_ce ? s[job.ce_index] : 0, double(top) + double(shift[i]), 1.0);
+      for (int k = 0; k < K; ++k) s[k] = 0;
+    }
+    for (int64_t at = 0; at < n * K; at += W) store(off + at, log1p_small(load<V>(off + at)));
+    return true;
+  }
+
+  void centroid(int64_t tile, int64_t slot) {
+    const int64_t begin = tile * kTile, end = begin + kTile < Cp ? begin + kTile : Cp;
+    V lo{}, hi{};
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value;
+      const int64_t n = this->n, Cp = this->Cp, K = this->K;
+      const int p = job.power0 + k0;
+      const float a0 = a[k0];
+      float* const to = L + (slot * K + k0) * kTile - begin;
+      for (int64_t j = begin; j < end; j += W) {
+        V mean[N];
+        for (int k = 0; k < N; ++k) mean[k] = splat(-m[k0 + k]);
+        for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
+          V part[N] = {};
+          for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
+            V v[N];
+            chain_from<N>(load<V>(X + i * Cp + j), load<V>(E + i * Cp + j), a0, p, v);
+            for (int k = 0; k < N; ++k) part[k] += v[k] * mix[i * K + k0 + k];
+          }
+          for (int k = 0; k < N; ++k) mean[k] += part[k];
+        }
+        for (int k = 0; k < N; ++k) {
+          lo = mean[k] < lo ? mean[k] : lo, hi = mean[k] > hi ? mean[k] : hi;
+          store(to + k * kTile + j, log1p_small(mean[k]));
+        }
+      }
+    });
+    const float low = -max_lanes<float>(-lo), high = max_lanes<float>(hi);
+    // |log1p(x)| <= |x| / (1 + min(x, 0))
+    widest[tile] = low >= -0.42f && high <= 0.7f ? (high > -low ? high : -low) / (1 + low) : __builtin_inff();
+  }
+
+  template <int kOrder>
+  void accumulate(int64_t i, int64_t tile, int64_t slot) {
+    const int64_t begin = tile * kTile, end = begin + kTile < Cp ? begin + kTile : Cp;
+    const float* const x = X + i * Cp;
+    float *const e = E + i * Cp, *const g_to = G + i * Cp;
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value;
+      const float* const l = L + (slot * K + k0) * kTile - begin;
+      const int p = job.power0 + k0;
+      V kl[N];
+      float ak[N], scale[N], shift[N];
+      for (int k = 0; k < N; ++k) {
+        kl[k] = acc[i * K + k0 + k], ak[k] = a[k0 + k];
+        scale[k] = c[i * K + k0 + k], shift[k] = off[i * K + k0 + k];
+      }
+      for (int64_t j = begin; j < end; j += W) {
+        const V d = load<V>(x + j);
+        V g = k0 == 0 ? V{} : load<V>(g_to + j);
+        V first = load<V>(e + j);
+        if (k0 == 0) {
+          const V mean = load<V>(ebar + j);
+          first = first * mean + mean;
+          store(e + j, first);
+        }
+        V ex[N];
+        exponentials<true, N>(first, ak, p, ex);
+        for (int k = 0; k < N; ++k) {
+          const V t = (ak[k] * d - shift[k]) - load<V>(l + k * kTile + j);
+          const V pt = ex[k] * t;
+          g += scale[k] * pt;
+          kl[k] += pt * psi_ratio<kOrder>(t);
+        }
+        store(g_to + j, g);
+      }
+      for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = kl[k];
+    });
+    flush(i, tile);
+  }
+
+  void summarise(int64_t i) {
+    double total = 0;
+    for (int k = 0; k < K; ++k) {
+      const double kl = sum[i * K + k] * double(r[i * K + k]);
+      q[i * K + k] = c[i * K + k] * float(sum[i * K + k] * double(r[i * K + k]));
+      report(i, k, kl, total);
+    }
+    if (job.row_cmi) job.row_cmi[cluster.rows[i]] = total;
+  }
+
+  template <int kOrder>
+  void divergences(const Team& team) {
+    by_tile(
+        team, [&](int64_t t, int64_t slot) { centroid(t, slot); },
+        [&](int64_t i, int64_t t, int64_t slot) { accumulate<kOrder>(i, t, slot); });
+  }
+
+  // Returns false, with nothing written but what another pass will write again, when the cluster is too wide.
+  bool run(const Team& team) {
+    if (!likely()) return false;
+    each(team, n, [&](int64_t i) { load_row(job, cluster.rows[i], X + i * Cp); });
+    each(team, tiles, [&](int64_t t) { mean_logits(t); });
+    mean_softmax();
+    each(team, n, [&](int64_t i) { centre(i); });
+    float most = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const float bound = a[K - 1] * spread[i];
+      if (!(bound <= kNarrow)) return false;
+      most = bound > most ? bound : most;
+    }
+    by_tile(
+        team, [&](int64_t t, int64_t slot) { mean_tile(t, slot); },
+        [&](int64_t i, int64_t t, int64_t slot) { row_sums(i, t, slot); });
+    if (!finish_sums()) return false;
+    if (most <= kNarrowest) {
+      divergences<4>(team);
+    } else {
+      divergences<8>(team);
+      for (int64_t at = 0; at < n * K; ++at) {
+        const float bound = off[at] < 0 ? -off[at] : off[at];
+        if (bound > 0.2f) return false;
+      }
+      for (int64_t t = 0; t < tiles; ++t)
+        if (!(widest[t] + most + 0.2f <= 1.5f)) return false;
+    }
+    each(team, n, [&](int64_t i) {
+      summarise(i);
+      if (job.grad) write_gradient<true>(i);
+    });
+    return true;
+  }
+};
+
+}  // namespace
+}  // namespace cmim::cpu
