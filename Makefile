@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test lint format unit interpreter bench gpu-check clean
+.PHONY: help demo test lint format unit interpreter bench results gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -14,11 +14,10 @@ help: ## this list
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	@touch $@
 
-# The demo installs the package as a user would; the tests use the tree itself, built in place.
+# Editable, so that the sources are used as they are; built again whenever something native has changed.
 $(VENV)/demo.stamp: $(VENV)/torch.stamp $(NATIVE)
 	$(BIN)/python -m pip install --quiet --editable ".[demo]"
 	@touch $@
@@ -50,9 +49,15 @@ interpreter: $(VENV)/dev.stamp ## the Triton kernels on the CPU, through Triton'
 unit: $(VENV)/dev.stamp ## the other tests
 	$(BIN)/python -m pytest -m "not interpreter"
 
-bench: $(VENV)/dev.stamp ## time the loss against F.cross_entropy, write tables and plots
+bench: $(VENV)/dev.stamp ## time the loss against F.cross_entropy, print tables, plot
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=out/benchmarks.json
 	$(BIN)/python benchmarks/report.py out/benchmarks.json
+
+# One JSON per machine: RESULTS=benchmarks/results/NAME.json for another than this one's.
+RESULTS ?= benchmarks/results/cpu.json
+results: $(VENV)/dev.stamp ## the whole suite, into the documents; wants an idle machine
+	$(BIN)/python -m pytest benchmarks --benchmark-only --full --benchmark-json=$(RESULTS)
+	$(BIN)/python benchmarks/report.py --plots docs/images --update README.md $(wildcard docs/performance.md)
 
 gpu-check: $(VENV)/dev.stamp ## tests and timings that need a CUDA device
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/gpu_check.sh

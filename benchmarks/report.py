@@ -200,8 +200,10 @@ def update(path: Path, parts: dict[str, str]) -> None:
         if name.removeprefix("cuda-") not in TABLES:
             raise SystemExit(f"{path} asks for the unknown table {name!r}; there are {', '.join(TABLES)}")
         if name in parts:
-            part = re.compile(rf"(<!-- benchmarks: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-            text = part.sub(lambda found, name=name: f"{found[1]}{parts[name]}\n{found[2]}", text)
+            start = f"<!-- benchmarks: {name} -->\n"
+            before, _, rest = text.partition(start)
+            after = rest.partition("<!-- end -->")[2]
+            text = f"{before}{start}{parts[name]}\n<!-- end -->{after}"
     path.write_text(text)
 
 

@@ -1,0 +1,153 @@
+"""The benchmarks time the right thing and report what was measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cases import HOST, MAIN, VARIED, Case
+from benchmarks.contenders import CONTENDERS, LossFunction
+from benchmarks.environment import environment
+from benchmarks.measure import PHASES, check, timed_phase, truth
+from benchmarks.paired import Paired, Timed, paired, quantiles
+
+ROOT = Path(__file__).parent.parent
+SMALL = Case(48, 12, 6)
+PLAIN = ("eager loop", "eager vectorised", "moving-average loop", "reference", "fused[cpu]")
+
+
+@pytest.mark.parametrize("grid", ["uniform", "general"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_contenders_compute_the_loss(name: str, grid: str) -> None:
+    check(name, replace(SMALL, grid=grid), "cpu")
+
+
+def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(case: Case, device: str) -> LossFunction:
+        right = CONTENDERS["eager loop"](case, device)
+        return lambda logits, target: 1.1 * right(logits, target)
+
+    monkeypatch.setitem(CONTENDERS, "wrong", wrong)
+    with pytest.raises(AssertionError):
+        check("wrong", SMALL, "cpu")
+
+
+def test_truth_in_parts_is_the_whole() -> None:
+    """A case too large for one call of the reference is summed over clusters."""
+    large = Case(4096, 1000, 1000, k=2)
+    value, gradient = truth.__wrapped__(large, "cpu")
+    logits, target = large.data("cpu")
+    loss = CONTENDERS["eager loop"](large, "cpu")(logits, target)
+    torch.testing.assert_close(loss.double(), value, rtol=1e-4, atol=0)
+    assert gradient.shape == logits.shape
+
+
+@pytest.mark.parametrize("case", [*MAIN, *HOST, *VARIED], ids=lambda case: case.name)
+def test_cases_hold_what_they_say(case: Case) -> None:
+    if case.n * case.c > 2**20:
+        pytest.skip("as the smaller ones")
+    logits, target = case.data("cpu")
+    assert logits.shape == (case.n, case.c)
+    assert logits.dtype == case.dtype
+    assert len(target.unique()) == case.classes
+    assert len(case.spectrum) == case.k
+
+
+def test_collapsed_cases_are_as_narrow_as_they_say() -> None:
+    case = Case(256, 64, 4, spread=1e-2)
+    logits, target = case.data("cpu")
+    spread = torch.stack([logits[target == c].std(0).mean() for c in range(4)])
+    torch.testing.assert_close(spread, torch.full((4,), 1e-2), rtol=0.1, atol=0)
+
+
+def test_pairs_alternate_and_prepare_off_the_clock() -> None:
+    calls: list[str] = []
+    ours = Timed(lambda x: calls.append(f"ours {x}"), prepare=lambda: "prepared")
+    baseline = Timed(lambda x: calls.append("baseline"))
+    result = paired(ours, baseline, budget_seconds=0.0, min_pairs=4)
+    assert result.pairs == 4
+    assert calls.count("baseline") == calls.count("ours prepared") == 3 + 4 * result.calls_per_sample
+
+
+def test_ratio_of_equal_work_is_one() -> None:
+    x = torch.randn(2000)
+    result = paired(Timed(lambda _: x.exp()), Timed(lambda _: x.exp()), budget_seconds=0.3)
+    assert 0.7 < result.ratio_p50 < 1.4
+    assert result.ratio_p20 <= result.ratio_p50 <= result.ratio_p80
+
+
+def test_quantiles() -> None:
+    assert quantiles([float(i) for i in range(11)]) == (2.0, 5.0, 8.0)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_phases_run_again_and_again(phase: str) -> None:
+    timed = timed_phase(CONTENDERS["fused[cpu]"](SMALL, "cpu"), *SMALL.data("cpu"), phase)
+    first = timed.run(timed.prepare())
+    again = timed.run(timed.prepare())
+    for a, b in zip(torch.atleast_1d(first), torch.atleast_1d(again), strict=True):
+        assert torch.equal(a, b)
+
+
+def result(kind: str, contender: str, case: Case = SMALL, phase: str = "both", **more: Any) -> dict[str, Any]:
+    facts = asdict(case) | {"dtype": "float32", "case": case.name, "bytes_moved": case.bytes_moved}
+    numbers = Paired(1.0, 1.25, 1.5, 1e-4, 1.25e-4, 1.5e-4, 1e-4, 10, 1)
+    facts |= {"kind": kind, "contender": contender, "phase": phase, "device": "cpu", "peak_bytes": 2**20}
+    return facts | {"paired": asdict(numbers), "environment": environment()} | more
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    fused = "fused[cpu]"
+    results = [result("shape", name, phase=phase) for name in (fused, "eager loop") for phase in PHASES]
+    for grid in ("uniform", "general"):
+        results += [result("temperatures", fused, Case(8, 4, 2, k=k, grid=grid)) for k in (1, 2)]
+    results += [result("size", fused, Case(n, 4, 2), copy_seconds=1e-5) for n in (8, 16)]
+    results += [result("step", fused)]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": r} for r in results]}))
+    return path
+
+
+def run_report(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "report.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_report_prints_updates_and_plots(published: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- benchmarks: price -->\nold\n<!-- end -->\nafter\n")
+    done = run_report(str(published), "--plots", str(tmp_path / "plots"), "--update", str(page))
+    assert done.returncode == 0, done.stderr
+    assert "| 48x12, 6 classes: eager loop | 1.25 (1.00 to 1.50) |" in done.stdout
+    assert "+25.00 % (+0.00 to +50.00)" in done.stdout
+    text = page.read_text()
+    assert text.startswith("before\n<!-- benchmarks: price -->\n| logits |")
+    assert text.endswith("|\n<!-- end -->\nafter\n")
+    assert "old" not in text
+    assert "| 48x12, 6 classes | 100 µs | 125 µs | 1.25 (1.00 to 1.50) |" in text
+    plots = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert plots == {"ratio.png", "temperatures.png", "size.png", "step.png"}
+
+
+def test_report_refuses_an_unknown_table(published: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- benchmarks: prize -->\n<!-- end -->\n")
+    done = run_report(str(published), "--plots", str(tmp_path), "--update", str(page))
+    assert done.returncode != 0
+    assert "'prize'" in done.stderr
+
+
+def test_results_name_no_host(published: Path) -> None:
+    assert set(environment()) >= {"cpu", "threads", "torch", "date"}
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert set(json.loads(path.read_text())["machine_info"]) == set(environment())

@@ -1,0 +1,38 @@
+"""The price of the loss has not gone up: paired ratios, with margins that a busy machine does not break."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.cases import Case
+from benchmarks.contenders import CONTENDERS, cross_entropy
+from benchmarks.measure import timed_phase
+from benchmarks.paired import paired
+
+pytestmark = [pytest.mark.speed, pytest.mark.slow]
+
+
+def ratio(case: Case, ours: str, baseline: str | None = None) -> float:
+    """Median ratio of forward and backward; to F.cross_entropy where there is no other baseline."""
+    other = cross_entropy if baseline is None else CONTENDERS[baseline](case, "cpu")
+    pair = [timed_phase(loss, *case.data("cpu"), "both") for loss in (CONTENDERS[ours](case, "cpu"), other)]
+    return paired(*pair, budget_seconds=1.0).ratio_p50
+
+
+@pytest.mark.parametrize(
+    ("case", "limit"),
+    [
+        (Case(128, 100, 100), 4.0),
+        (Case(256, 1000, 32), 4.0),
+        (Case(256, 1000, 1000), 4.0),
+        (Case(256, 1000, 32, spread=1e-3), 8.0),
+        (Case(256, 1000, 32, grid="general"), 8.0),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_fused_is_not_far_from_cross_entropy(case: Case, limit: float) -> None:
+    assert ratio(case, "fused[cpu]") < limit
+
+
+def test_fused_is_much_faster_than_eager() -> None:
+    assert ratio(Case(256, 1000, 32), "fused[cpu]", "eager loop") < 0.2
