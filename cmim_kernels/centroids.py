@@ -1,0 +1,265 @@
+"""Class centroids kept across batches, for batches that hold too few rows of a class to estimate its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from .functional import DEFAULT_SPECTRUM, class_centroids
+from .spectrum import Numbers, TemperatureSpectrum
+
+Mode = Literal["ema", "epoch", "fixed"]
+_MODES = ("ema", "epoch", "fixed")
+_ROW_SUM_TOLERANCE = 1e-3  # a loaded centroid is a distribution, up to the rounding of C float32 additions
+
+
+class CentroidBank(nn.Module):
+    """Q[k, c], the mean softmax of class c at temperature k, kept across batches: `CMIMLoss(centroids=bank)`.
+
+    The loss holds the bank's centroids fixed in its gradient (docs/math.md, given centroids). Modes:
+
+    - `ema`: each training batch moves the centroids of its classes by `Q <- decay Q + (1 - decay) Q_batch`,
+      before they are used. A class's first batch sets its centroid.
+    - `epoch`: the centroids are those of the whole previous epoch; training batches only collect the next
+      ones, which `end_epoch` puts in force.
+    - `fixed`: the alternating scheme: hold Q and update the network; then update Q with `reestimate`.
+
+    A class not seen yet falls back to the batch's own centroid, which is how the loss works without a bank.
+    In eval mode nothing is updated. A batch in which a class's logits hold NaN or +inf does not update that
+    class (mixed precision skips such steps); the loss of the batch is NaN all the same.
+
+    Memory: K C^2 floats, 32 MB for C = 1000 and K = 8 in float32, twice that in mode `epoch`; an update holds
+    as much again for a moment. Where that is too much, take balanced batches (`ClassBalancedBatchSampler`)
+    and no bank.
+
+    Args:
+        num_classes: C.
+        temperatures: the spectrum, the same as the loss's.
+        mode: `ema`, `epoch` or `fixed`.
+        decay: of mode `ema`, in [0, 1).
+        ignore_index: rows with this target count nowhere; the same as the loss's.
+        process_group: the batches of all its ranks count as one (rows are gathered in every update; in modes
+            `epoch` and `fixed` centroids are pooled once, in `end_epoch` and `reestimate`), and every rank
+            holds the same bank. None: each rank keeps its own.
+        dtype: of the bank, float32 or float64. `half()` and the like leave it as it is.
+        backend: of the update, as in `class_centroids`.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is described above.
+    """
+
+    centroids: Tensor  # (K, C, C), rows of classes not seen are 0
+    counts: Tensor  # (C,) int64, rows that went into them
+    inverse_temperatures: Tensor  # (K,) float64, to tell a bank of another spectrum
+    pending: Tensor  # (K, C, C), mode epoch: the mean so far
+    pending_counts: Tensor  # (C,) int64
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        temperatures: TemperatureSpectrum | Numbers = DEFAULT_SPECTRUM,
+        mode: Mode = "ema",
+        decay: float = 0.9,
+        ignore_index: int = -100,
+        process_group: ProcessGroup | None = None,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+            raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if mode not in _MODES:
+            raise ValueError(f"mode must be one of {list(_MODES)}, got {mode!r}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay!r}")
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+        self.spectrum = (
+            temperatures
+            if isinstance(temperatures, TemperatureSpectrum)
+            else TemperatureSpectrum(temperatures)
+        )
+        self.num_classes = num_classes
+        self.mode: Mode = mode
+        self.decay = float(decay)
+        self.ignore_index = ignore_index
+        self.process_group = process_group
+        self.backend = backend
+        shape = (len(self.spectrum), num_classes, num_classes)
+        self.register_buffer("centroids", torch.zeros(shape, dtype=dtype))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer(
+            "inverse_temperatures", torch.tensor(self.spectrum.inverse_temperatures, dtype=torch.float64)
+        )
+        if mode == "epoch":
+            self.register_buffer("pending", torch.zeros(shape, dtype=dtype))
+            self.register_buffer("pending_counts", torch.zeros(num_classes, dtype=torch.int64))
+        self._complete = False  # every class known to be seen: no fallback to prepare
+
+    @torch.no_grad()
+    def centroids_for(self, logits: Tensor, target: Tensor, inverse_temperatures: Sequence[float]) -> Tensor:
+        """The centroids to hold this batch against; in training mode the batch is taken in first.
+
+        Args:
+            logits: (N, C).
+            target: (N,) int64.
+            inverse_temperatures: the loss's a_k, which must be the bank's.
+
+        Returns:
+            (K, C, C) in the loss's compute dtype: float64 for float64 logits, else float32. May be the bank
+            itself.
+
+        Raises:
+            ValueError: the batch has another number of classes or the loss other temperatures than the bank.
+        """
+        if logits.dim() == 2 and logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"logits have {logits.shape[1]} classes, the centroid bank has {self.num_classes}"
+            )
+        if tuple(inverse_temperatures) != self.spectrum.inverse_temperatures:
+            raise ValueError(
+                f"the loss has inverse temperatures {list(inverse_temperatures)}, "
+                f"the centroid bank {list(self.spectrum.inverse_temperatures)}"
+            )
+        result = self.centroids
+        updating = self.training and self.mode != "fixed"
+        if updating or not self._complete:
+            batch, counts = self._batch_centroids(logits, target, gather=updating and self.mode == "ema")
+            if updating and self.mode == "ema":
+                self._move(batch, counts)
+            elif updating:
+                _merge(self.pending, self.pending_counts, batch, counts)
+            # Classes without a single finite row so far get the uniform distribution: their loss is NaN
+            # anyway.
+            usable = (counts > 0).unsqueeze(1)
+            own = torch.where(usable, batch, 1 / self.num_classes)
+            result = torch.where((self.counts > 0).unsqueeze(1), self.centroids, own)
+        return result.to(torch.float64 if logits.dtype is torch.float64 else torch.float32)
+
+    @torch.no_grad()
+    def end_epoch(self) -> None:
+        """Mode `epoch`: puts the centroids collected since the last call in force; classes without a row keep
+        theirs.
+
+        With a process group every rank has to call this.
+
+        Raises:
+            RuntimeError: the bank is in another mode.
+        """
+        if self.mode != "epoch":
+            raise RuntimeError(f"end_epoch is for mode 'epoch', this bank is in mode {self.mode!r}")
+        self._put_in_force(self.pending, self.pending_counts)
+        self.pending.zero_()
+        self.pending_counts.zero_()
+
+    @torch.no_grad()
+    def reestimate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Replaces the centroids by those of these batches of (logits (N, C), target (N,)), in any mode.
+
+        Classes without a row keep theirs. With a process group every rank has to call this, each with its own
+        batches. `bank.reestimate((model(x), y) for x, y in loader)` runs without gradient.
+        """
+        mean, counts = torch.zeros_like(self.centroids), torch.zeros_like(self.counts)
+        for logits, target in batches:
+            _merge(mean, counts, *self._batch_centroids(logits, target))
+        self._put_in_force(mean, counts)
+
+    def _batch_centroids(self, logits: Tensor, target: Tensor, gather: bool = False) -> tuple[Tensor, Tensor]:
+        """Q (K, C, C) in the bank's dtype and counts (C,), 0 for classes whose centroid is not finite."""
+        batch, counts = class_centroids(
+            logits,
+            target,
+            temperatures=self.spectrum,
+            ignore_index=self.ignore_index,
+            process_group=self.process_group if gather else None,
+            backend=self.backend,
+        )
+        finite = batch.isfinite().all(2).all(0)
+        return batch.to(self.centroids.dtype), counts * finite
+
+    def _move(self, batch: Tensor, counts: Tensor) -> None:
+        step = torch.where(self.counts > 0, 1 - self.decay, 1.0).to(batch).unsqueeze(1)  # (C, 1)
+        moved = torch.lerp(self.centroids, batch, step)
+        self.centroids.copy_(torch.where((counts > 0).unsqueeze(1), moved, self.centroids))
+        self.counts += counts
+
+    def _put_in_force(self, mean: Tensor, counts: Tensor) -> None:
+        if self.process_group is not None:
+            mean = mean * counts.unsqueeze(1)
+            dist.all_reduce(mean, group=self.process_group)
+            dist.all_reduce(counts, group=self.process_group)
+            mean = mean / counts.clamp(min=1).unsqueeze(1)
+        self.centroids.copy_(torch.where((counts > 0).unsqueeze(1), mean, self.centroids))
+        self.counts.copy_(torch.where(counts > 0, counts, self.counts))
+        self._complete = bool((self.counts > 0).all())
+
+    def extra_repr(self) -> str:
+        """Shown in `print(module)`."""
+        decay = f", decay={self.decay:g}" if self.mode == "ema" else ""
+        return f"num_classes={self.num_classes}, temperatures={len(self.spectrum)}, mode={self.mode}{decay}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CentroidBank:
+        # Moves between devices, but keeps its precision when a model is cast.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        wrong = [
+            f"{prefix}{name}: {problem}"
+            for name, own in self._buffers.items()
+            if own is not None and f"{prefix}{name}" in state_dict
+            if (problem := self._problem(name, own, state_dict[f"{prefix}{name}"])) is not None
+        ]
+        if wrong:  # all of it or nothing
+            error_msgs.extend(wrong)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._complete = bool((self.counts > 0).all())
+
+    def _problem(self, name: str, own: Tensor, loaded: object) -> str | None:
+        """Why `loaded` cannot become the buffer `name`; None if it can."""
+        if not isinstance(loaded, Tensor) or loaded.dtype != own.dtype:
+            return f"expected a {own.dtype} tensor, got {getattr(loaded, 'dtype', type(loaded).__name__)}"
+        if loaded.shape != own.shape:
+            return f"expected shape {tuple(own.shape)}, got {tuple(loaded.shape)}"
+        if name == "inverse_temperatures":
+            same = loaded.tolist() == own.tolist()
+            return None if same else f"the bank has {own.tolist()}, the state {loaded.tolist()}"
+        low, high = (float(value) for value in torch.aminmax(loaded))
+        if loaded.dtype == torch.int64:
+            return None if low >= 0 else f"counts must not be negative, got {low:g}"
+        if not (low >= 0 and high < math.inf):
+            return f"centroids must be finite and not negative, got values in [{low:g}, {high:g}]"
+        sums = loaded.sum(2)
+        distribution = ((sums - 1).abs() < _ROW_SUM_TOLERANCE) | (sums == 0)
+        return None if bool(distribution.all()) else "a centroid's entries must sum to 1 (or all be 0)"
+
+
+def _merge(mean: Tensor, total: Tensor, batch: Tensor, counts: Tensor) -> None:
+    """Takes a batch's centroids (K, C, C) with their counts (C,) into a running mean, in place."""
+    total += counts
+    share = (counts.to(mean) / total.clamp(min=1)).unsqueeze(1)  # (C, 1)
+    mean.copy_(torch.where((counts > 0).unsqueeze(1), torch.lerp(mean, batch, share), mean))

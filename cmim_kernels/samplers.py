@@ -1,0 +1,109 @@
+"""Batches with several rows of each of their classes, which centroids of a batch need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+
+class ClassBalancedBatchSampler(Sampler[list[int]]):
+    """Batches of `classes_per_batch` classes with `samples_per_class` rows each, for a loader's
+    `batch_sampler`.
+
+    Classes and, within each class, its rows are dealt from shuffled decks: none comes again before all others
+    had their turn, and the classes of one batch are distinct. A class with fewer rows than
+    `samples_per_class` is dealt with repetitions. Several ranks share the decks: their batches are disjoint
+    as far as the decks allow. Epochs are
+    reproducible: `set_epoch(e)` and the seed decide everything.
+
+    Args:
+        labels: (number of rows,) class of every row, integers; classes are the distinct values.
+        classes_per_batch: m, at most the number of classes; None takes all of them.
+        samples_per_class: n; a batch has m * n rows.
+        batches: batches of an epoch on each rank; None: as many full batches as the rows suffice for, at
+            least one.
+        seed: of the shuffling, the same on all ranks.
+        rank, world_size: this process's place among those that share an epoch.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is described above.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int] | Tensor,
+        *,
+        classes_per_batch: int | None = None,
+        samples_per_class: int = 4,
+        batches: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        labels = torch.as_tensor(labels)
+        if labels.dim() != 1 or labels.numel() == 0:
+            raise ValueError(
+                f"labels must be of shape (rows,) with at least one row, got {tuple(labels.shape)}"
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        values, which = labels.cpu().unique(return_inverse=True)
+        m = len(values) if classes_per_batch is None else classes_per_batch
+        if not 1 <= m <= len(values):
+            raise ValueError(f"classes_per_batch must lie in [1, {len(values)}], got {m}")
+        if samples_per_class < 1:
+            raise ValueError(f"samples_per_class must be at least 1, got {samples_per_class}")
+        if batches is not None and batches < 1:
+            raise ValueError(f"batches must be at least 1, got {batches}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
+        order = which.argsort(stable=True)
+        self._members = [rows.tolist() for rows in order.split(which.bincount().tolist())]
+        self._m, self._n = m, samples_per_class
+        self._batches = batches or max(1, len(labels) // (m * samples_per_class * world_size))
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration deals; without it every iteration is the same."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # Generators use no more than 32 bits of a seed.
+        generator = torch.Generator().manual_seed((self._seed * 2_654_435_761 + self._epoch) % 2**32)
+        classes = _Deck(range(len(self._members)), generator)
+        rows = [_Deck(members, generator) for members in self._members]
+        for _ in range(self._batches):
+            for rank in range(self._world_size):
+                chosen = classes.deal(self._m)
+                batch = [row for c in chosen for row in rows[c].deal(self._n)]
+                if rank == self._rank:
+                    yield batch
+
+
+class _Deck:
+    """Deals numbers in shuffled order, reshuffling when none is left."""
+
+    def __init__(self, cards: Sequence[int], generator: torch.Generator) -> None:
+        self._cards, self._generator = cards, generator
+        self._left: list[int] = []
+
+    def deal(self, count: int) -> list[int]:
+        """The next `count` numbers, all distinct unless there are fewer than that."""
+        while len(self._left) < count:
+            held, fresh = set(self._left), self._shuffled()
+            # Cards still in hand come last, so that none is dealt twice at once.
+            self._left += [card for card in fresh if card not in held] + [
+                card for card in fresh if card in held
+            ]
+        dealt, self._left = self._left[:count], self._left[count:]
+        return dealt
+
+    def _shuffled(self) -> list[int]:
+        return [self._cards[i] for i in torch.randperm(len(self._cards), generator=self._generator).tolist()]

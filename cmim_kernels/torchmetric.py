@@ -1,0 +1,88 @@
+"""`CMIMetric`: the streaming CMI, separation and NCMI as a torchmetrics metric. Import it from
+`cmim_kernels.metrics`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functional import DEFAULT_SPECTRUM
+from .metrics import ClusterSums, summarise
+from .spectrum import Numbers, TemperatureSpectrum
+
+try:
+    from torchmetrics import Metric
+except ImportError as error:
+    raise ImportError("CMIMetric needs torchmetrics: pip install 'cmim-kernels[metrics]'") from error
+
+_ADDITIVE = ("logit_sum", "masked", "norm_sum")
+
+
+class CMIMetric(Metric):
+    """CMI, separation and NCMI over all batches of all processes, at every temperature.
+
+    `update(logits (N, C), target (N,))`; `compute()` gives {"cmi", "separation", "ncmi"}, each (K,) float64
+    in nats. The same figures and checks as `StreamingCMI`. The sums are float64 and stay so.
+
+    Args:
+        num_classes: C.
+        temperatures: a `TemperatureSpectrum`, or positive numbers.
+        ignore_index: rows with this target count nowhere.
+        **kwargs: torchmetrics' own.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = True
+
+    def __init__(
+        self,
+        num_classes: int,
+        temperatures: TemperatureSpectrum | Numbers = DEFAULT_SPECTRUM,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.spectrum = (
+            temperatures
+            if isinstance(temperatures, TemperatureSpectrum)
+            else TemperatureSpectrum(temperatures)
+        )
+        empty = ClusterSums.empty(len(self.spectrum), num_classes, num_classes, "cpu")
+        for name, zeros in vars(empty).items():
+            # Means and scatters of several processes do not add up: they are stacked and merged in compute.
+            self.add_state(name, zeros, dist_reduce_fx="sum" if name in _ADDITIVE else None)
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Takes in one batch."""
+        if logits.dim() == 2 and logits.shape[1] != self.num_classes:
+            raise ValueError(f"logits must have {self.num_classes} classes, got {logits.shape[1]}")
+        sums, classes = summarise(logits.detach(), target, self.spectrum, self.ignore_index)
+        state = self._sums()
+        state.take_in(sums.to(state.counts.device), classes.to(state.counts.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The figures of everything taken in so far."""
+        state = self._sums()
+        if state.counts.dim() == 2:  # (world, C): one state of each process
+            pooled = ClusterSums.empty(
+                len(self.spectrum), self.num_classes, self.num_classes, state.counts.device
+            )
+            everything = torch.arange(self.num_classes, device=state.counts.device)
+            none = torch.zeros_like(state.logit_sum)
+            nothing = torch.zeros_like(state.norm_sum)
+            for counts, mean, scatter in zip(state.counts, state.mean, state.scatter, strict=True):
+                pooled.take_in(ClusterSums(counts, mean, scatter, none, none, nothing), everything)
+            pooled.logit_sum, pooled.masked, pooled.norm_sum = state.logit_sum, state.masked, state.norm_sum
+            state = pooled
+        figures = state.figures(self.spectrum)
+        return {"cmi": figures.cmi, "separation": figures.separation, "ncmi": figures.ncmi}
+
+    def _sums(self) -> ClusterSums:
+        # The tensors themselves, so that take_in changes the metric's states in place.
+        return ClusterSums(**{name: getattr(self, name) for name in ClusterSums.__dataclass_fields__})
