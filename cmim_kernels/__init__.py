@@ -1,5 +1,6 @@
 """The CMIM training loss for the price of a plain cross entropy."""
 
+from .centroids import CentroidBank
 from .dispatch import available_backends
 from .functional import class_centroids, cmi_spectrum, fused_cmi_loss
 from .spectrum import TemperatureSpectrum
@@ -7,6 +8,7 @@ from .spectrum import TemperatureSpectrum
 __version__ = "0.1.0"
 
 __all__ = [
+    "CentroidBank",
     "TemperatureSpectrum",
     "available_backends",
     "class_centroids",
