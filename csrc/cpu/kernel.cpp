@@ -25,7 +25,7 @@ class FlushSubnormals {
 template <class T, bool kGiven, bool kPerRow>
 bool run_wide(const Job& job, const Cluster& cluster, const Team& team, Workspace& ws) {
   Wide<T, kGiven, kPerRow> pass(job, cluster, team.run != nullptr, ws);
-  return pass.chain ? pass.template run<true>(team) : pass.template run<false>(team);
+  return pass.with_source([&](auto source) { return pass.template run<decltype(source)::value>(team); });
 }
 
 void cluster(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {

@@ -96,7 +96,7 @@ struct Narrow : Rows<float> {
         V s[N] = {};
         for (int64_t j = j0; j < Cp && j < j0 + kFlushVectors * W; j += W) {
           V ex[N];
-          exponentials<true, N>(load<V>(ebar + j), a, job.power0 + k0, ex);
+          exponentials<Source::chain, N>(ebar + j, 0, a + k0, job.power0 + k0, ex);
           for (int k = 0; k < N; ++k) s[k] += ex[k];
         }
         for (int k = 0; k < N; ++k) sbar[k0 + k] += double(sum_lanes<float>(s[k]));
@@ -143,7 +143,7 @@ struct Narrow : Rows<float> {
       float* const to = pbar + (slot * K + k0) * kTile - begin;
       for (int64_t j = begin; j < Cp && j < begin + kTile; j += W) {
         V ex[N];
-        exponentials<true, N>(load<V>(ebar + j), a, job.power0 + k0, ex);
+        exponentials<Source::chain, N>(ebar + j, 0, a + k0, job.power0 + k0, ex);
         for (int k = 0; k < N; ++k) store(to + k * kTile + j, ex[k] * inv_sbar[k0 + k]);
       }
     });
@@ -258,14 +258,12 @@ struct Narrow : Rows<float> {
       for (int64_t j = begin; j < end; j += W) {
         const V d = load<V>(x + j);
         V g = k0 == 0 ? V{} : load<V>(g_to + j);
-        V first = load<V>(e + j);
         if (k0 == 0) {
           const V mean = load<V>(ebar + j);
-          first = first * mean + mean;
-          store(e + j, first);
+          store(e + j, load<V>(e + j) * mean + mean);
         }
         V ex[N];
-        exponentials<true, N>(first, ak, p, ex);
+        exponentials<Source::chain, N>(e + j, 0, ak, p, ex);
         for (int k = 0; k < N; ++k) {
           const V t = (ak[k] * d - shift[k]) - load<V>(l + k * kTile + j);
           const V pt = ex[k] * t;
@@ -326,7 +324,7 @@ struct Narrow : Rows<float> {
     }
     each(team, n, [&](int64_t i) {
       summarise(i);
-      if (job.grad) write_gradient<true>(i);
+      if (job.grad) write_gradient<Source::chain>(i);
     });
     return true;
   }

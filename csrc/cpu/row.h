@@ -47,33 +47,47 @@ inline double class_weight(const Job& job, int64_t j) {
   return job.class_weight ? entry(job, job.class_weight, j) : 1.0;
 }
 
-// z(row, :) as T in x, padded with -inf to whole vectors; returns its maximum. NaN is left for the caller's
-// sums.
+// z(row, j ..) as T, -inf beyond the last class
+template <class T, class S>
+struct RowReader {
+  const S* z;
+  int64_t classes, stride;
+
+  CMIM_INLINE Vec<T> operator()(int64_t j) const {
+    constexpr int W = Simd<T>::width;
+    const int64_t valid = classes - j < W ? classes - j : W;
+    S gathered[W];
+    const S* from = z + j;
+    if (stride != 1) {
+      for (int64_t l = 0; l < valid; ++l) gathered[l] = z[(j + l) * stride];
+      from = gathered;
+    }
+    return valid == W ? Convert<T, S>::from(from) : load_tail<T, S>(from, valid);
+  }
+};
+
+template <class T, class F>
+CMIM_INLINE void with_row(const Job& job, int64_t row, F&& f) {
+  with_storage(job.storage, [&](auto tag) CMIM_INLINE_LAMBDA {
+    using S = decltype(tag);
+    if constexpr (sizeof(S) <= sizeof(T))  // double logits are never computed in float
+      f(RowReader<T, S>{static_cast<const S*>(job.logits) + row * job.row_stride, job.classes,
+                        job.col_stride});
+  });
+}
+
+// z(row, :) in x, padded with -inf to whole vectors; returns its maximum, of what is not NaN.
 template <class T>
 inline T load_row(const Job& job, int64_t row, T* x) {
-  constexpr int W = Simd<T>::width;
-  return with_storage(job.storage, [&](auto tag) -> T {
-    using S = decltype(tag);
-    if constexpr (sizeof(S) > sizeof(T)) {
-      return T{};  // double logits are never computed in float
-    } else {
-      const S* z = static_cast<const S*>(job.logits) + row * job.row_stride;
-      Vec<T> best = splat<T>(-__builtin_inf());
-      S gathered[W];
-      for (int64_t j = 0; j < job.classes; j += W) {
-        const int64_t valid = job.classes - j < W ? job.classes - j : W;
-        const S* from = z + j;
-        if (job.col_stride != 1) {
-          for (int64_t l = 0; l < valid; ++l) gathered[l] = z[(j + l) * job.col_stride];
-          from = gathered;
-        }
-        const Vec<T> v = valid == W ? Convert<T, S>::from(from) : load_tail<T, S>(from, valid);
-        best = vmax<T>(v, best);
-        store(x + j, v);
-      }
-      return max_lanes<T>(best);
+  Vec<T> best = splat<T>(-__builtin_inf());
+  with_row<T>(job, row, [&](auto read) CMIM_INLINE_LAMBDA {
+    for (int64_t j = 0; j < job.classes; j += Simd<T>::width) {
+      const Vec<T> v = read(j);
+      best = vmax<T>(v, best);
+      store(x + j, v);
     }
   });
+  return max_lanes<T>(best);
 }
 
 // What the cross entropy of one row contributes: the gradient is softmax * probability - smooth *

@@ -17,6 +17,7 @@ constexpr int kSumBlock =
     32;  // rows summed before their sum joins the centroid's: rounding does not build up
 constexpr int kFlushTiles = 64;  // sums in lanes of T go over to double this often, whatever C
 constexpr int kFlushVectors = 1024;
+constexpr int64_t kStoredBytes = int64_t(1) << 20;  // about a core's second-level cache
 
 template <int N>
 struct Constant {
@@ -43,14 +44,26 @@ CMIM_INLINE Vec<T> power(Vec<T> x, int p) {  // p >= 1
   return y;
 }
 
-// e[k] = exp(a_k x) for one chunk. kChain: first is exp(base x) and a_k = (p + k) base; otherwise first is x.
-template <bool kChain, int N, class T>
-CMIM_INLINE void exponentials(Vec<T> first, const T* a, int p, Vec<T> (&e)[N]) {
-  if constexpr (kChain) {
+// Where a pass has exp(a_k x) from, at every temperature.
+enum class Source {
+  chain,   // powers of exp(base x), a_k = (power0 + k) base: from E, (n, Cp)
+  stored,  // computed once per cluster: E is (n, K, Cp)
+  direct,  // computed at each use from X, (n, Cp), where storing them would leave the second-level cache
+};
+
+// e[k] = exp(a_k x) for one chunk; from: its place in E or X, stride: between temperatures, p: of the first
+// one.
+template <Source kSource, int N, class T>
+CMIM_INLINE void exponentials(const T* from, int64_t stride, const T* a, int p, Vec<T> (&e)[N]) {
+  if constexpr (kSource == Source::chain) {
+    const Vec<T> first = load<Vec<T>>(from);
     e[0] = power<T>(first, p);
     for (int k = 1; k < N; ++k) e[k] = e[k - 1] * first;
+  } else if constexpr (kSource == Source::stored) {
+    for (int k = 0; k < N; ++k) e[k] = load<Vec<T>>(from + k * stride);
   } else {
-    for (int k = 0; k < N; ++k) e[k] = exp_nonpositive(a[k] * first);
+    const Vec<T> x = load<Vec<T>>(from);
+    for (int k = 0; k < N; ++k) e[k] = exp_nonpositive(a[k] * x);
   }
 }
 
@@ -74,7 +87,7 @@ struct Rows {
   int64_t n, C, Cp;  // rows, classes, classes in whole vectors
   int K;
   int64_t tiles;  // column tiles
-  bool chain;     // powers of one exponential
+  Source source;  // where the exponentials come from
   T *X, *E,
       *G;  // (n, Cp) what the temperatures multiply; exp(base X) up to a factor of the row; the gradient
   T *r, *c, *q;  // (n, K) P_k = r_k E^(p + k); coeff r; c sum_j P log(P/Q)
@@ -89,7 +102,26 @@ struct Rows {
         Cp(round_up(C, W)),
         K(j.temperatures),
         tiles((Cp + kTile - 1) / kTile),
-        chain(j.power0 > 0) {}
+        source(choose(j, cl)) {}
+
+  static Source choose(const Job& j, const Cluster& cl) {
+    if (j.power0 > 0) return Source::chain;
+    return cl.count * j.classes * j.temperatures * int64_t(sizeof(T)) <= kStoredBytes ? Source::stored
+                                                                                      : Source::direct;
+  }
+  // f(the source as a constant)
+  template <class F>
+  CMIM_INLINE auto with_source(F&& f) {
+    if (source == Source::chain) return f(std::integral_constant<Source, Source::chain>{});
+    if (source == Source::stored) return f(std::integral_constant<Source, Source::stored>{});
+    return f(std::integral_constant<Source, Source::direct>{});
+  }
+  // the place of row i, temperature k0, column 0 in what exponentials() reads
+  template <Source kSource>
+  CMIM_INLINE T* place_of(int64_t i, int k0) const {
+    if constexpr (kSource == Source::stored) return E + (i * K + k0) * Cp;
+    return (kSource == Source::chain ? E : X) + i * Cp;
+  }
 
   // Lays arrays out one after the other from an address.
   struct Layout {
@@ -104,7 +136,7 @@ struct Rows {
   // `reread`: X is needed after G has been written
   void place(Layout& layout, bool reread) {
     layout.take(X, n * Cp);
-    layout.take(E, chain ? n * Cp : 0);
+    layout.take(E, source == Source::chain ? n * Cp : source == Source::stored ? n * K * Cp : 0);
     const bool one_chunk = K == 1 || K == 4 || K == 8;
     if (one_chunk && !reread)
       G = X;
@@ -140,8 +172,9 @@ struct Rows {
   void set_row(int64_t i, const double* sums, double s_ce, double top, double upstream) {
     const int64_t row = cluster.rows[i];
     for (int k = 0; k < K; ++k) {
-      r[i * K + k] = T(1 / sums[k]);
-      c[i * K + k] = T(job.coeff[k] * upstream / sums[k]);
+      const double inverse = 1 / sums[k];
+      r[i * K + k] = T(inverse);
+      c[i * K + k] = T(job.coeff[k] * upstream * inverse);
     }
     if (job.has_ce) {
       r_ce[i] = T(1 / s_ce);
@@ -157,7 +190,7 @@ struct Rows {
   }
 
   // G - sum_k q_k E^(p + k), and the cross entropy's gradient
-  template <bool kChain>
+  template <Source kSource>
   void write_gradient(int64_t i) {
     const int64_t row = cluster.rows[i];
     const RowEntropy e = row_entropy(job, row, cluster.label);
@@ -170,19 +203,21 @@ struct Rows {
       constexpr int N = decltype(chunk)::value;
       T qi[N];
       for (int k = 0; k < N; ++k) qi[k] = q[i * K + k0 + k];
-      const T *const ai = a + k0, *const x = X + i * Cp, *const first = (kChain ? E : X) + i * Cp;
+      const T *const ai = a + k0, *const x = X + i * Cp,
+                     *const from = this->template place_of<kSource>(i, k0);
+      const int64_t stride = Cp;
       const int p = job.power0 + k0;
       const bool last = k0 + N == K;
       auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
         V v = load<V>(g + j);
-        if constexpr (kChain) {  // Horner's rule
-          const V e1 = load<V>(first + j);
+        if constexpr (kSource == Source::chain) {  // Horner's rule
+          const V e1 = load<V>(from + j);
           V h = splat(qi[N - 1]);
           for (int k = N - 2; k >= 0; --k) h = h * e1 + qi[k];
           v -= h * power<T>(e1, p);
         } else {
           V ex[N];
-          exponentials<kChain, N>(load<V>(first + j), ai, p, ex);
+          exponentials<kSource, N>(from + j, stride, ai, p, ex);
           for (int k = 0; k < N; ++k) v -= qi[k] * ex[k];
         }
         if (last && add_ce) v += soft * exp_nonpositive(load<V>(x + j));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #if defined(__x86_64__)
   #include <immintrin.h>
@@ -84,19 +85,27 @@ template <class T>
 CMIM_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
+// All lanes combined by f: the upper half with the lower, until one is left.
+template <class V, class F, size_t... I>
+CMIM_INLINE auto fold_halves(V v, F&& f, std::index_sequence<I...>) {
+  constexpr int half = sizeof...(I);
+  const auto folded = f(__builtin_shufflevector(v, v, I...), __builtin_shufflevector(v, v, (half + I)...));
+  if constexpr (half == 1)
+    return folded[0];
+  else
+    return fold_halves(folded, f, std::make_index_sequence<half / 2>{});
+}
+template <class T, class F>
+CMIM_INLINE T fold_lanes(Vec<T> v, F&& f) {
+  return fold_halves(v, f, std::make_index_sequence<Simd<T>::width / 2>{});
+}
 template <class T>
 CMIM_INLINE T sum_lanes(Vec<T> v) {
-  T lane[Simd<T>::width];
-  store(lane, v);
-  for (int width = Simd<T>::width / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+  return fold_lanes<T>(v, [](auto a, auto b) CMIM_INLINE_LAMBDA { return a + b; });
 }
 template <class T>
 CMIM_INLINE T max_lanes(Vec<T> v) {
-  T m = v[0];
-  for (int i = 1; i < Simd<T>::width; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  return fold_lanes<T>(v, [](auto a, auto b) CMIM_INLINE_LAMBDA { return a > b ? a : b; });
 }
 
 inline float half_to_float(uint16_t h) {

@@ -35,8 +35,8 @@ constexpr T kVanishes = sizeof(T) == 4 ? T(-200) : T(-1500);
 template <class T, bool kGiven, bool kPerRow>
 struct Wide : Rows<T> {
   using Base = Rows<T>;
-  using Base::a, Base::c, Base::C, Base::chain, Base::cluster, Base::Cp, Base::E, Base::G, Base::job, Base::K;
-  using Base::kTile, Base::n, Base::q, Base::r, Base::tiles, Base::W, Base::X;
+  using Base::a, Base::c, Base::C, Base::cluster, Base::Cp, Base::E, Base::G, Base::job, Base::K;
+  using Base::kTile, Base::n, Base::q, Base::r, Base::source, Base::tiles, Base::W, Base::X;
   using V = Vec<T>;
   static constexpr bool kCareful = sizeof(T) == 8;
 
@@ -56,7 +56,7 @@ struct Wide : Rows<T> {
     this->fill();
   }
   void place(typename Base::Layout& layout) {
-    Base::place(layout, !chain || this->own_ce());
+    Base::place(layout, source == Source::direct || this->own_ce());
     layout.take(h_acc, n * K), layout.take(kl_acc, kCareful ? n * K : 0);
     layout.take(h_sum, n * K), layout.take(kl_sum, kCareful ? n * K : 0);
     layout.take(off, n * K + Simd<double>::width);
@@ -67,27 +67,36 @@ struct Wide : Rows<T> {
     layout.take(rho, kPerRow ? slots * K * kTile : 0);
   }
 
-  template <bool kChain>
+  template <Source kSource>
   void prepare(int64_t i) {
     const int64_t row = cluster.rows[i], Cp = this->Cp;
     T* const x = X + i * Cp;
-    T* const e = E + i * Cp;
-    const T top = load_row(job, row, x), floor = kVanishes<T> / a[0], base = T(job.base);
+    const T floor = kVanishes<T> / a[0], base = T(job.base);
+    T top{};
     double s_ce = 0;
     V s_one{};
     const bool own_ce = this->own_ce();
-    for (int64_t j = 0; j < Cp; j += W) {
-      V v = load<V>(x + j) - top;
-      v = v < floor ? splat(floor) : v;
-      store(x + j, v);
-      if constexpr (kChain) store(e + j, exp_nonpositive(base * v));
-      if (own_ce) s_one += exp_nonpositive(v);
-      if (own_ce && (j / W) % kFlushVectors == 0) s_ce += double(sum_lanes<T>(s_one)), s_one = V{};
-    }
+    with_row<T>(job, row, [&](auto read) CMIM_INLINE_LAMBDA {
+      V best = splat<T>(-__builtin_inf());
+      for (int64_t j = 0; j < C; j += W) best = vmax<T>(read(j), best);
+      top = max_lanes<T>(best);
+      T* const e = E + i * Cp;
+      for (int64_t j = 0; j < C; j += W) {
+        V v = read(j) - top;
+        v = v < floor ? splat(floor) : v;
+        store(x + j, v);
+        if constexpr (kSource == Source::chain) store(e + j, exp_nonpositive(base * v));
+        if (own_ce) s_one += exp_nonpositive(v);
+        if (own_ce && (j / W) % kFlushVectors == 0) s_ce += double(sum_lanes<T>(s_one)), s_one = V{};
+      }
+    });
     double* const sums = off + i * K;  // its place until centre()
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const T *const first = kChain ? e : x, *const ai = a + k0;
+      // the stored exponentials are made here, so that this one pass computes them
+      constexpr Source kFrom = kSource == Source::stored ? Source::direct : kSource;
+      const T *const from = this->template place_of<kFrom>(i, k0), *const ai = a + k0;
+      T* const keep = this->template place_of<kSource>(i, k0);
       const int p = job.power0 + k0;
       V s[N] = {};
       double total[N] = {};
@@ -95,8 +104,10 @@ struct Wide : Rows<T> {
         const int64_t end = j0 + kFlushVectors * W < Cp ? j0 + kFlushVectors * W : Cp;
         for (int64_t j = j0; j < end; j += W) {
           V ex[N];
-          exponentials<kChain, N>(load<V>(first + j), ai, p, ex);
+          exponentials<kFrom, N>(from + j, Cp, ai, p, ex);
           for (int k = 0; k < N; ++k) s[k] += ex[k];
+          if constexpr (kSource == Source::stored)
+            for (int k = 0; k < N; ++k) store(keep + k * Cp + j, ex[k]);
         }
         for (int k = 0; k < N; ++k) total[k] += double(sum_lanes<T>(s[k])), s[k] = V{};
       }
@@ -126,12 +137,13 @@ struct Wide : Rows<T> {
     }
   }
 
-  template <bool kChain>
+  template <Source kSource>
   void centroid(int64_t tile, int64_t slot) {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       const int64_t n = this->n, Cp = this->Cp, K = this->K;
-      const T *const first = kChain ? E : X, *const ai = a + k0;
+      const T *const from = this->template place_of<kSource>(0, k0), *const ai = a + k0;
+      const int64_t row_stride = kSource == Source::stored ? K * Cp : Cp;
       const int p = job.power0 + k0;
       const int64_t begin = tile * kTile, end = begin + kTile < Cp ? begin + kTile : Cp;
       T* const l = L + (slot * K + k0) * kTile - begin;
@@ -146,7 +158,7 @@ struct Wide : Rows<T> {
             V part[N] = {}, part_up[N] = {};
             for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
               V ex[N];
-              exponentials<kChain, N>(load<V>(first + i * Cp + j), ai, p, ex);
+              exponentials<kSource, N>(from + i * row_stride + j, Cp, ai, p, ex);
               for (int k = 0; k < N; ++k) {
                 part[k] += ex[k] * mix[i * K + k0 + k];
                 if constexpr (kPerRow) part_up[k] += ex[k] * mix_up[i * K + k0 + k];
@@ -177,7 +189,7 @@ struct Wide : Rows<T> {
     return v;
   }
 
-  template <bool kChain>
+  template <Source kSource>
   void accumulate(int64_t i, int64_t tile, int64_t slot) {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
@@ -189,7 +201,7 @@ struct Wide : Rows<T> {
         if constexpr (kCareful) kl[k] = kl_acc[at + k], shift[k] = T(off[at + k]), soft[k] = r[at + k];
       }
       const int64_t begin = tile * kTile, end = begin + kTile < Cp ? begin + kTile : Cp;
-      const T *const x = X + i * Cp, *const first = (kChain ? E : X) + i * Cp;
+      const T *const x = X + i * Cp, *const from = this->template place_of<kSource>(i, k0);
       const T* const l = L + (slot * K + k0) * kTile - begin;
       const T* const mean_of = Q + (slot * K + k0) * kTile - begin;
       const T* const rho_of = rho + (slot * K + k0) * kTile - begin;
@@ -200,7 +212,7 @@ struct Wide : Rows<T> {
         const V v = load<V>(x + j);
         V g = k0 == 0 ? V{} : load<V>(g_to + j);
         V ex[N];
-        exponentials<kChain, N>(load<V>(first + j), ak, p, ex);
+        exponentials<kSource, N>(from + j, Cp, ak, p, ex);
         for (int k = 0; k < N; ++k) {
           V t = ak[k] * v - load<V>(l + k * kTile + j);
           if constexpr (kCareful) {
@@ -270,17 +282,17 @@ struct Wide : Rows<T> {
   }
 
   // Returns false, with no gradient written, when the cluster has to be done again in double.
-  template <bool kChain>
+  template <Source kSource>
   bool run(const Team& team) {
-    each(team, n, [&](int64_t i) { prepare<kChain>(i); });
+    each(team, n, [&](int64_t i) { prepare<kSource>(i); });
     centre();
     this->by_tile(
-        team, [&](int64_t t, int64_t slot) { centroid<kChain>(t, slot); },
-        [&](int64_t i, int64_t t, int64_t slot) { accumulate<kChain>(i, t, slot); });
+        team, [&](int64_t t, int64_t slot) { centroid<kSource>(t, slot); },
+        [&](int64_t i, int64_t t, int64_t slot) { accumulate<kSource>(i, t, slot); });
     if (!kCareful && collapsed()) return false;
     each(team, n, [&](int64_t i) {
       summarise(i);
-      if (job.grad) this->template write_gradient<kChain>(i);
+      if (job.grad) this->template write_gradient<kSource>(i);
     });
     return true;
   }

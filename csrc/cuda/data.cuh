@@ -1,0 +1,123 @@
+// Reading logits in any storage and stride, and writing gradients.
+#pragma once
+
+#include "device.h"
+
+namespace cmim::cuda {
+
+constexpr int kVector = 4;  // neighbouring columns that one thread works on
+
+// bfloat16 or float16; which of them is in Problem::storage
+struct Narrow {
+  uint16_t bits;
+};
+
+__device__ inline float bf16_to_float(uint16_t bits) { return bit_cast<float>(uint32_t(bits) << 16); }
+__device__ inline uint16_t float_to_bf16(float x) {
+  const uint32_t u = bit_cast<uint32_t>(x);
+  if (x != x) return uint16_t(0x7fff);
+  return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+__device__ inline float f16_to_float(uint16_t bits) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+#else
+  return emulated_half_to_float(bits);
+#endif
+}
+__device__ inline uint16_t float_to_f16(float x) {
+#if defined(__CUDA_ARCH__)
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+#else
+  return emulated_float_to_half(x);
+#endif
+}
+
+__device__ inline float widen(float x, Storage) { return x; }
+__device__ inline double widen(double x, Storage) { return x; }
+__device__ inline float widen(Narrow x, Storage s) {
+  return s == Storage::bf16 ? bf16_to_float(x.bits) : f16_to_float(x.bits);
+}
+__device__ inline void narrow(float x, Storage, float& to) { to = x; }
+__device__ inline void narrow(double x, Storage, double& to) { to = x; }
+__device__ inline void narrow(float x, Storage s, Narrow& to) {
+  to.bits = s == Storage::bf16 ? float_to_bf16(x) : float_to_f16(x);
+}
+
+// kVector elements of S, moved as one or two machine words
+template <class S>
+struct alignas(sizeof(S) * kVector > 16 ? 16 : sizeof(S) * kVector) Vector {
+  S at[kVector];
+};
+
+// A row of S: where it is and how it may be read. `width` columns exist in it.
+template <class S>
+struct Row {
+  const S* data;
+  int64_t stride;
+  int width;
+  bool vector;  // stride 1, and aligned at every multiple of kVector
+};
+
+// Columns j .. j + 3, -inf where there is none
+template <class S, class A>
+__device__ inline void load_vector(const Row<S>& row, int j, Storage storage, A (&z)[kVector]) {
+  if (row.vector && j + kVector <= row.width) {
+    const Vector<S> v = *reinterpret_cast<const Vector<S>*>(row.data + j);
+#pragma unroll
+    for (int u = 0; u < kVector; ++u) z[u] = widen(v.at[u], storage);
+  } else {
+#pragma unroll
+    for (int u = 0; u < kVector; ++u)
+      z[u] = j + u < row.width ? widen(row.data[int64_t(j + u) * row.stride], storage) : -infinity<A>();
+  }
+}
+
+// g to columns j .. j + 3 of a contiguous row
+template <class S, class A>
+__device__ inline void store_vector(S* row, int j, int width, bool vector, Storage storage,
+                                    const A (&g)[kVector]) {
+  if (vector && j + kVector <= width) {
+    Vector<S> v;
+#pragma unroll
+    for (int u = 0; u < kVector; ++u) narrow(g[u], storage, v.at[u]);
+    *reinterpret_cast<Vector<S>*>(row + j) = v;
+  } else {
+#pragma unroll
+    for (int u = 0; u < kVector; ++u)
+      if (j + u < width) narrow(g[u], storage, row[j + u]);
+  }
+}
+
+// The powers 2^(multiple_k r) of kChunk consecutive temperatures
+template <class A, int kChunk, bool kChain>
+struct Powers;
+
+template <class A, int kChunk>
+struct Powers<A, kChunk, true> {
+  A r, base, now;
+  __device__ void start(const Problem<A>& q, A x, int k0) {
+    r = x * q.unit;
+    base = exp2_approx(r);
+    now = q.multiple[k0] == A(1) ? base : exp2_approx(q.multiple[k0] * r);
+  }
+  __device__ A power(const Problem<A>&, int) const { return now; }
+  __device__ void next() { now *= base; }
+  // multiple_k r - y, with the r whose power this is
+  __device__ A exponent_less(const Problem<A>& q, int k, A y) const { return fma(q.multiple[k], r, -y); }
+};
+
+template <class A, int kChunk>
+struct Powers<A, kChunk, false> {
+  A x;
+  __device__ void start(const Problem<A>&, A logit, int) { x = logit; }
+  __device__ A power(const Problem<A>& q, int k) const { return exp2_approx(product(q.multiple[k], x)); }
+  __device__ void next() {}
+  __device__ A exponent_less(const Problem<A>& q, int k, A y) const { return product(q.multiple[k], x) - y; }
+};
+
+}  // namespace cmim::cuda

@@ -1,0 +1,132 @@
+// What the kernels use of the machine: vector access, warp and block reductions. The emulator of the host
+// tests stands in for cuda_runtime.h and for the few intrinsics here.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../common/arithmetic.h"
+#include "problem.h"
+
+namespace cmim::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr unsigned kEveryLane = 0xffffffffu;
+
+__device__ inline unsigned char* dynamic_shared_memory() {
+#if defined(CMIM_EMULATED)
+  return emulated_shared_memory();
+#else
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+#endif
+}
+
+// 16 bytes from global to shared memory without a stop in registers; both aligned. wait_for_copies() in every
+// thread that copied, then a barrier.
+__device__ inline void copy16(void* shared, const void* global) {
+#if defined(__CUDA_ARCH__)
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+#else
+  memcpy(shared, global, 16);
+#endif
+}
+__device__ inline void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+template <class A>
+__device__ inline A from_lane(A v, int distance) {
+  return __shfl_xor_sync(kEveryLane, v, distance);
+}
+
+__device__ inline int sum_over_warp(int v) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) v += from_lane(v, distance);
+  return v;
+}
+
+// The block's threads in groups of `lanes` neighbours, a power of two. Every thread of the block calls these
+// together; `scratch` holds kWarps * N numbers of shared memory, and is free again when they return.
+template <int N, class A, class Combine>
+__device__ inline void reduce_group(A (&v)[N], int lanes, A* scratch, Combine combine) {
+  for (int distance = (lanes < kWarp ? lanes : kWarp) / 2; distance > 0; distance /= 2)
+    for (int i = 0; i < N; ++i) v[i] = combine(v[i], from_lane(v[i], distance));
+  if (lanes <= kWarp) return;
+  const int warp = threadIdx.x / kWarp, first = threadIdx.x / lanes * (lanes / kWarp);
+  if (threadIdx.x % kWarp == 0)
+    for (int i = 0; i < N; ++i) scratch[warp * N + i] = v[i];
+  __syncthreads();
+  for (int i = 0; i < N; ++i) {
+    v[i] = scratch[first * N + i];
+    for (int w = 1; w < lanes / kWarp; ++w) v[i] = combine(v[i], scratch[(first + w) * N + i]);
+  }
+  __syncthreads();
+}
+struct Plus {
+  template <class A>
+  __device__ A operator()(A x, A y) const {
+    return x + y;
+  }
+};
+struct Larger {
+  template <class A>
+  __device__ A operator()(A x, A y) const {
+    return larger(x, y);
+  }
+};
+template <int N, class A>
+__device__ inline void sum_group(A (&v)[N], int lanes, A* scratch) {
+  reduce_group(v, lanes, scratch, Plus());
+}
+template <class A>
+__device__ inline A largest_in_group(A x, int lanes, A* scratch) {
+  A v[1] = {x};
+  reduce_group(v, lanes, scratch, Larger());
+  return v[0];
+}
+
+// K sums over a group of `lanes` threads: over its part of one warp. The sums go to to[0 .. K - 1]; of the
+// warps of a wider group each has its own `to`, and the reader adds them up.
+//
+// 32 lanes and 8 sums take 9 exchanges, not 40: in each of the first three a lane keeps half of its sums and
+// gives the other half away.
+template <int K, class A>
+__device__ inline void deposit_sums(A (&v)[K], int lanes, A* to) {
+  const int lane = threadIdx.x % kWarp;
+  if (lanes < kWarp) {
+    for (int distance = lanes / 2; distance > 0; distance /= 2)
+#pragma unroll
+      for (int k = 0; k < K; ++k) v[k] += from_lane(v[k], distance);
+    if (lane % lanes == 0)
+#pragma unroll
+      for (int k = 0; k < K; ++k) to[k] = v[k];
+    return;
+  }
+  int distance = kWarp / 2;
+#pragma unroll
+  for (int kept = K / 2; kept > 0; kept /= 2) {
+    const bool upper = lane & distance;
+#pragma unroll
+    for (int k = 0; k < kept; ++k) {
+      const A given = upper ? v[k] : v[k + kept];
+      v[k] = (upper ? v[k + kept] : v[k]) + from_lane(given, distance);
+    }
+    distance /= 2;
+  }
+#pragma unroll
+  for (; distance > 0; distance /= 2) v[0] += from_lane(v[0], distance);
+  if (lane % (kWarp / K) == 0) to[lane / (kWarp / K)] = v[0];
+}
+
+__device__ inline int power_of_two_at_least(int n) {
+  int p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+
+}  // namespace cmim::cuda
