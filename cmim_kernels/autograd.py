@@ -1,13 +1,13 @@
-"""The differentiable core: one autograd Function over the backends, and the reference where more is asked
-for.
+"""The differentiable core: an autograd Function over the backends, and the reference where more is asked for.
 
 The Function has a hand-written gradient and nothing else. Double backward, forward-mode differentiation and
-the transforms of `torch.func` go through `reference.py` by autograd: slower, with (K, N, C) of memory, and
+the transforms of `torch.func` go by autograd through `reference.py`: slower, with (K, N, C) of memory, and
 exact.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,56 +17,93 @@ from torch.autograd import forward_ad
 from .backends import Backend
 from .reference import reference_loss
 
+# ce_weight, cmi_weight, label_smoothing, ignore_index, reduction
+Numbers = tuple[float, float, float, int, int]
 
-def differentiable_loss(backend: Backend | None, logits: Tensor, *args: Any) -> Tensor:
-    """The value of `torch.ops.cmim_kernels.loss(logits, *args)` (without `save`), differentiable in the
-    logits.
 
-    `backend` None stands for the reference. The arguments are valid; see `reference_loss` for their list.
-    """
+def differentiable_loss(
+    backend: Backend | None,
+    logits: Tensor,
+    target: Tensor,
+    a: Sequence[float],
+    w: Sequence[float],
+    class_weight: Tensor | None,
+    centroids: Tensor | None,
+    numbers: Numbers,
+) -> Tensor:
+    """The value of `torch.ops.cmim_kernels.loss`, differentiable in the logits; None is the reference."""
     if backend is None or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return reference_loss(logits, *args)
-    if logits.requires_grad and torch.is_grad_enabled():
-        value: Tensor = _Loss.apply(backend, logits, *args)
-        return value
-    return backend.loss(logits, *args, False)[0]
+        return reference_loss(logits, target, a, w, class_weight, centroids, *numbers)
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return backend.loss(logits, target, a, w, class_weight, centroids, *numbers, False)[0]
+    apply = _TracedLoss.apply if torch.compiler.is_compiling() else _apply_loss
+    value: Tensor = apply(logits, target, class_weight, centroids, (backend, a, w, numbers))
+    return value
 
 
 class _Loss(torch.autograd.Function):
-    """Inputs: backend, logits (N, C), then target, a, w, class_weight, centroids and five numbers."""
+    """Eager mode. Inputs: logits, target, class_weight, centroids, (backend, a, w, numbers)."""
 
     @staticmethod
-    def forward(ctx: Any, backend: Backend, logits: Tensor, *args: Any) -> Tensor:
-        value, saved = backend.loss(logits, *args, True)
-        target, a, w, class_weight, centroids, *numbers = args
-        ctx.backend, ctx.a, ctx.w, ctx.numbers = backend, a, w, numbers
-        # Out of autograd's hands, `saved` has one owner, and backward may give it away
-        # (`Backend.SAVED_IS_GRADIENT`). A tracer knows no owners; there it is saved like any other tensor.
-        ctx.gives_saved_away = backend.SAVED_IS_GRADIENT and not torch.compiler.is_compiling()
-        if ctx.gives_saved_away:
-            ctx.saved_gradient = saved
-            saved = None
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, class_weight: Any, centroids: Any, call: Any
+    ) -> Tensor:
+        backend, a, w, numbers = call
+        value, saved = backend.loss(logits, target, a, w, class_weight, centroids, *numbers, True)
+        ctx.call = call
+        if backend.SAVED_IS_GRADIENT:
+            # Kept out of autograd's hands, `saved` has one owner, which may give it away.
+            ctx.gradient = saved
+            ctx.save_for_backward(logits, target, class_weight, centroids)
+        else:
+            ctx.save_for_backward(logits, target, class_weight, centroids, saved)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        backend, a, w, numbers = ctx.call
+        logits, target, class_weight, centroids, *rest = ctx.saved_tensors
+        arguments = (logits, target, a, w, class_weight, centroids, *numbers)
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return _reference_gradient(grad, *arguments), None, None, None, None
+        if rest:
+            saved = rest[0]
+        else:
+            saved, ctx.gradient = ctx.gradient, None
+            if saved is None:  # an earlier pass through this graph has given it away
+                saved = grad.new_empty(0)
+        return backend.loss_backward(grad, saved, *arguments), None, None, None, None
+
+
+# Function.apply but for its care for the transforms of torch.func, which do not get here: 2 us of 40.
+_apply_loss = super(torch.autograd.Function, _Loss).apply
+
+
+class _TracedLoss(torch.autograd.Function):
+    """Under torch.compile, where tensors have no owners and double backward is refused by the compiler."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, class_weight: Any, centroids: Any, call: Any
+    ) -> Tensor:
+        backend, a, w, numbers = call
+        value, saved = backend.loss(logits, target, a, w, class_weight, centroids, *numbers, True)
+        ctx.call = call
         ctx.save_for_backward(logits, target, class_weight, centroids, saved)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        backend, a, w, numbers = ctx.call
         logits, target, class_weight, centroids, saved = ctx.saved_tensors
-        args = (target, ctx.a, ctx.w, class_weight, centroids, *ctx.numbers)
-        if not torch.compiler.is_compiling() and (
-            torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        ):
-            return None, _reference_gradient(grad, logits, *args), *(None,) * len(args)
-        if ctx.gives_saved_away:
-            saved = ctx.saved_gradient
-            ctx.saved_gradient = saved.new_empty(0)
-        return None, ctx.backend.loss_backward(grad, saved, logits, *args), *(None,) * len(args)
+        arguments = (logits, target, a, w, class_weight, centroids, *numbers)
+        return backend.loss_backward(grad, saved, *arguments), None, None, None, None
 
 
-def _reference_gradient(grad: Tensor, logits: Tensor, *args: Any) -> Tensor:
+def _reference_gradient(grad: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
     """The gradient by autograd through the reference, differentiable itself if gradients are enabled."""
-    keep_graph = torch.is_grad_enabled()
+    differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        value = reference_loss(logits, *args)
-        (result,) = torch.autograd.grad(value, logits, grad, create_graph=keep_graph)
+        value = reference_loss(logits, *arguments)
+        (result,) = torch.autograd.grad(value, logits, grad, create_graph=differentiable)
     return result

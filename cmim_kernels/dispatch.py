@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ NAMES = ("auto", *NATIVE, REFERENCE)
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 # Filled on first use, so that importing the package initialises no device.
-_usable_on: dict[str, tuple[Backend, ...]] = {}
+_modules: dict[str, Backend] = {}
+_usable_on: dict[str, tuple[str, ...]] = {}
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name: None if this process can use it, else the reason why it cannot."""
-    return {name: _backend(name).unusable() for name in NATIVE} | {REFERENCE: None}
+    return {name: _why_unusable(name) for name in NATIVE} | {REFERENCE: None}
 
 
 def pick(name: str, logits: Tensor, temperatures: int) -> Backend | None:
@@ -35,8 +37,9 @@ def pick(name: str, logits: Tensor, temperatures: int) -> Backend | None:
         RuntimeError: the backend asked for is unusable in this process or cannot serve this call; says why.
     """
     if name == "auto":
-        usable = _usable_on.get(logits.device.type)
-        for backend in _find_usable(logits.device.type) if usable is None else usable:
+        device = "cpu" if logits.is_cpu else logits.device.type  # a device object costs as much as the rest
+        for candidate in _find_usable(device):
+            backend = _modules[candidate]
             if backend.refuses(logits, temperatures) is None:
                 return backend
         return None
@@ -44,25 +47,32 @@ def pick(name: str, logits: Tensor, temperatures: int) -> Backend | None:
         return None
     if name not in NATIVE:
         raise ValueError(f"backend must be one of {list(NAMES)}, got {name!r}")
-    backend = _backend(name)
-    reason = backend.unusable() or backend.refuses(logits, temperatures)
+    reason = _why_unusable(name) or _modules[name].refuses(logits, temperatures)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
-    return backend
+    return _modules[name]
 
 
-@torch.compiler.disable
-def _find_usable(device: str) -> tuple[Backend, ...]:
-    candidates = [_backend(name) for name in _PREFERENCE.get(device, ())]
-    reasons = {backend.NAME: backend.unusable() for backend in candidates}
-    usable = tuple(backend for backend in candidates if reasons[backend.NAME] is None)
-    if candidates and not usable:
+@torch.compiler.assume_constant_result
+def _find_usable(device: str) -> tuple[str, ...]:
+    known = _usable_on.get(device)
+    if known is not None:
+        return known
+    reasons = {name: _why_unusable(name) for name in _PREFERENCE.get(device, ())}
+    usable = tuple(name for name, reason in reasons.items() if reason is None)
+    if reasons and not usable:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        warnings.warn(f"cmim_kernels uses its slow reference for {device} tensors: {why}", stacklevel=4)
+        warnings.warn(f"cmim_kernels uses its slow reference for {device} tensors ({why})", stacklevel=4)
     _usable_on[device] = usable
     return usable
 
 
-def _backend(name: str) -> Backend:
-    module: Backend = import_module(f"{__package__}.backends.{name}")  # type: ignore[assignment]
-    return module
+@torch.compiler.assume_constant_result
+def _why_unusable(name: str) -> str | None:
+    """Imports the backend's module and asks it."""
+    if name not in _modules:
+        module = f"{__package__}.backends.{name}"
+        if find_spec(module) is None:
+            return "this distribution of cmim_kernels does not contain it"
+        _modules[name] = import_module(module)
+    return _modules[name].unusable()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import reference
+from .autograd import Numbers as LossNumbers
 from .autograd import differentiable_loss
 from .backends import Backend
 from .dispatch import pick
@@ -28,7 +30,7 @@ Reduction = Literal["none", "mean", "sum"]
 
 DEFAULT_SPECTRUM = TemperatureSpectrum.uniform(1.0, 8)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_REDUCTIONS = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.SUM}
+_REDUCTIONS: dict[str, int] = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.SUM}
 
 
 def fused_cmi_loss(
@@ -89,24 +91,14 @@ def fused_cmi_loss(
         RuntimeError: the backend asked for cannot be used; says why.
     """
     _check_batch(logits, target)
-    spectrum = _spectrum(temperatures, temperature_weights)
-    if type(ce_weight) is not float or not 0 <= ce_weight < math.inf:
-        ce_weight = _number("ce_weight", ce_weight)
-    if type(cmi_weight) is not float or not 0 <= cmi_weight < math.inf:
-        cmi_weight = _number("cmi_weight", cmi_weight)
-    if type(label_smoothing) is not float or not 0 <= label_smoothing <= 1:
-        label_smoothing = _number("label_smoothing", label_smoothing, most=1.0)
-    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
-        raise _bad_ignore_index(ignore_index)
-    how = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
-    if how is None:
-        raise ValueError(f"reduction must be one of {list(_REDUCTIONS)}, got {reduction!r}")
+    spectrum = as_spectrum(temperatures, temperature_weights)
+    numbers = checked_numbers(ce_weight, cmi_weight, label_smoothing, ignore_index, reduction)
     if weight is not None:
         weight = _class_weight(weight, logits)
     if centroids is not None:
         centroids = _centroids(centroids, logits, len(spectrum.weights))
     if process_group is not None:
-        if how == reference.NONE:
+        if reduction == "none":
             raise ValueError("reduction must be 'mean' or 'sum' with a process_group, got 'none'")
         logits, target = gather_batch(logits, target, ignore_index, process_group)
     return _evaluate(
@@ -117,11 +109,7 @@ def fused_cmi_loss(
         spectrum.weights,
         weight,
         centroids,
-        ce_weight,
-        cmi_weight,
-        label_smoothing,
-        ignore_index,
-        how,
+        numbers,
     )
 
 
@@ -142,18 +130,15 @@ def cmi_spectrum(
     used. NaN if no row is kept. float64 for float64 logits, else float32.
     """
     _check_batch(logits, target)
-    spectrum = _spectrum(temperatures, None)
-    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
-        raise _bad_ignore_index(ignore_index)
+    spectrum = as_spectrum(temperatures, None)
+    _check_ignore_index(ignore_index)
     if centroids is not None:
         centroids = _centroids(centroids, logits, len(spectrum.weights))
     if process_group is not None:
         logits, target = gather_batch(logits, target, ignore_index, process_group)
     a, w = spectrum.inverse_temperatures, spectrum.weights
-    chosen = pick(backend, logits, len(spectrum.weights))
-    return _evaluate(
-        chosen, logits, target, a, w, None, centroids, 0.0, 1.0, 0.0, ignore_index, reference.SPECTRUM
-    )
+    numbers = (0.0, 1.0, 0.0, ignore_index, reference.SPECTRUM)
+    return _evaluate(pick(backend, logits, len(a)), logits, target, a, w, None, centroids, numbers)
 
 
 def class_centroids(
@@ -174,9 +159,8 @@ def class_centroids(
     The arguments and errors are those of `fused_cmi_loss`.
     """
     _check_batch(logits, target)
-    spectrum = _spectrum(temperatures, None)
-    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
-        raise _bad_ignore_index(ignore_index)
+    spectrum = as_spectrum(temperatures, None)
+    _check_ignore_index(ignore_index)
     logits = logits.detach()
     if process_group is not None:
         logits, target = gather_batch(logits, target, ignore_index, process_group)
@@ -191,11 +175,20 @@ def class_centroids(
         raise _translated(error) from None
 
 
-def _evaluate(backend: Backend | None, logits: Tensor, target: Tensor, *args: Any) -> Tensor:
+def _evaluate(
+    backend: Backend | None,
+    logits: Tensor,
+    target: Tensor,
+    a: Sequence[float],
+    w: Sequence[float],
+    class_weight: Tensor | None,
+    centroids: Tensor | None,
+    numbers: LossNumbers,
+) -> Tensor:
     if backend is None:
-        _check_labels(target, logits, args[-2])
+        _check_labels(target, logits, ignore_index=numbers[3])
     try:
-        return differentiable_loss(backend, logits, target, *args)
+        return differentiable_loss(backend, logits, target, a, w, class_weight, centroids, numbers)
     except RuntimeError as error:
         raise _translated(error) from None
 
@@ -214,9 +207,9 @@ def _check_batch(logits: Tensor, target: Tensor) -> None:
         and target.dtype is torch.int64
         and logits.dim() == 2
         and target.dim() == 1
-        and logits.shape[0] == target.shape[0]
-        and logits.shape[1] > 0
-        and logits.device == target.device
+        and logits.size(0) == target.size(0)
+        and logits.size(1) > 0
+        and ((logits.is_cpu and target.is_cpu) or logits.device == target.device)
         and logits.layout is torch.strided
     ):
         raise _bad_batch(logits, target)
@@ -253,26 +246,44 @@ def _check_labels(target: Tensor, logits: Tensor, ignore_index: int) -> None:
         )
 
 
-def _spectrum(temperatures: TemperatureSpectrum | Numbers, weights: Numbers | None) -> TemperatureSpectrum:
+def as_spectrum(temperatures: TemperatureSpectrum | Numbers, weights: Numbers | None) -> TemperatureSpectrum:
     if not isinstance(temperatures, TemperatureSpectrum):
         return TemperatureSpectrum(temperatures, weights)
     return temperatures if weights is None else temperatures.with_weights(weights)
 
 
-def _number(name: str, value: object, most: float = math.inf) -> float:
+def checked_numbers(
+    ce_weight: float, cmi_weight: float, label_smoothing: float, ignore_index: int, reduction: str
+) -> LossNumbers:
+    """The options that are not tensors, valid and as the operators take them."""
+    if type(ce_weight) is not float or not 0 <= ce_weight < math.inf:
+        ce_weight = _number("ce_weight", ce_weight)
+    if type(cmi_weight) is not float or not 0 <= cmi_weight < math.inf:
+        cmi_weight = _number("cmi_weight", cmi_weight)
+    if type(label_smoothing) is not float or not 0 <= label_smoothing <= 1:
+        label_smoothing = _number("label_smoothing", label_smoothing, most=1)
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {list(_REDUCTIONS)}, got {reduction!r}")
+    _check_ignore_index(ignore_index)
+    return ce_weight, cmi_weight, label_smoothing, ignore_index, _REDUCTIONS[reduction]
+
+
+def _number(name: str, value: Any, most: float = math.inf) -> float:
     """`value` as a float in [0, most], finite."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (0 <= value <= most and value < math.inf):
-        accepted = "finite and non-negative" if most == math.inf else f"in [0, {most:g}]"
+    number = float(value)
+    if not (0 <= number <= most and number < math.inf):
+        accepted = "finite and non-negative" if most == math.inf else f"in [0, {most}]"
         raise ValueError(f"{name} must be {accepted}, got {value!r}")
-    return float(value)
+    return number
 
 
-def _bad_ignore_index(value: object) -> Exception:
-    if isinstance(value, bool) or not isinstance(value, int):
-        return TypeError(f"ignore_index must be an int, got {type(value).__name__}")
-    return ValueError(f"ignore_index must fit into int64, got {value}")
+def _check_ignore_index(value: object) -> None:
+    if type(value) is not int:
+        raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index must fit into int64, got {value}")
 
 
 def _class_weight(weight: Tensor, logits: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ sum: while the exponentials of a cluster are at hand, its gradient costs little 
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,16 +75,14 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _fake_loss(logits: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+# The operators' shapes and dtypes, for tracing. The CUDA library implements the same operators.
+def _fake_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     inverse_temperatures, reduction, save = args[1], args[9], args[10]
-    k = len(inverse_temperatures)  # type: ignore[arg-type]
+    k = len(inverse_temperatures)
     shape = {NONE: logits.shape[:1], SPECTRUM: (k,)}.get(reduction, ())
-    if logits.is_cuda:
-        from .cuda import saved_shape as shape_of_saved
-    else:
-        shape_of_saved = saved_shape
+    backend = import_module(f"{__package__}.{'cuda' if logits.is_cuda else 'cpu'}")
     dtype = _compute_dtype(logits)
-    saved = logits.new_empty(shape_of_saved(logits, k, reduction, save), dtype=dtype)
+    saved = logits.new_empty(backend.saved_shape(logits, k, reduction, save), dtype=dtype)
     return logits.new_empty(shape, dtype=dtype), saved
 
 
