@@ -33,7 +33,7 @@ struct Narrow : Rows<float> {
   float* widest;                  // (tiles) bounds of log1p(vbar)
   V* acc;                         // (n, K) sums in lanes: for s, then for KL
   double* sum;                    // (n, K)
-  float *pbar, *L;                // (slots, K, kTile) Pbar; log1p(vbar)
+  float *pbar, *L;                // (slots, K, cols) Pbar; log1p(vbar)
   float top = 0;                  // max zbar
 
   Narrow(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Rows(j, cl), slots(whole ? tiles : 1) {
@@ -49,7 +49,7 @@ struct Narrow : Rows<float> {
     layout.take(sbar, K), layout.take(inv_sbar, K), layout.take(m, K);
     layout.take(mix, n * K), layout.take(off, n * K + W), layout.take(shift, n), layout.take(spread, n);
     layout.take(widest, tiles), layout.take(acc, n * K), layout.take(sum, n * K);
-    layout.take(pbar, slots * K * kTile), layout.take(L, slots * K * kTile);
+    layout.take(pbar, slots * K * cols), layout.take(L, slots * K * cols);
   }
 
   static bool serves(const Job& job) {
@@ -72,7 +72,7 @@ struct Narrow : Rows<float> {
   // zbar, -inf where a class is masked throughout
   void mean_logits(int64_t tile) {
     const float scale = 1.0f / float(n);
-    for (int64_t j = tile * kTile; j < Cp && j < (tile + 1) * kTile; j += W) {
+    for (int64_t j = tile * cols; j < Cp && j < (tile + 1) * cols; j += W) {
       V total{};
       for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
         V part{};
@@ -137,14 +137,14 @@ struct Narrow : Rows<float> {
   }
 
   void mean_tile(int64_t tile, int64_t slot) {
-    const int64_t begin = tile * kTile;
+    const int64_t begin = tile * cols;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      float* const to = pbar + (slot * K + k0) * kTile - begin;
-      for (int64_t j = begin; j < Cp && j < begin + kTile; j += W) {
+      float* const to = pbar + (slot * K + k0) * cols - begin;
+      for (int64_t j = begin; j < Cp && j < begin + cols; j += W) {
         V ex[N];
         exponentials<Source::chain, N>(ebar + j, 0, a + k0, job.power0 + k0, ex);
-        for (int k = 0; k < N; ++k) store(to + k * kTile + j, ex[k] * inv_sbar[k0 + k]);
+        for (int k = 0; k < N; ++k) store(to + k * cols + j, ex[k] * inv_sbar[k0 + k]);
       }
     });
   }
@@ -158,11 +158,11 @@ struct Narrow : Rows<float> {
   }
 
   void row_sums(int64_t i, int64_t tile, int64_t slot) {
-    const int64_t begin = tile * kTile, end = begin + kTile < Cp ? begin + kTile : Cp;
+    const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
     const float *const x = X + i * Cp, *const e = E + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const float* const from = pbar + (slot * K + k0) * kTile - begin;
+      const float* const from = pbar + (slot * K + k0) * cols - begin;
       const int p = job.power0 + k0;
       const float a0 = a[k0];
       V s[N];
@@ -170,7 +170,7 @@ struct Narrow : Rows<float> {
       for (int64_t j = begin; j < end; j += W) {
         V v[N];
         chain_from<N>(load<V>(x + j), load<V>(e + j), a0, p, v);
-        for (int k = 0; k < N; ++k) s[k] += load<V>(from + k * kTile + j) * v[k];
+        for (int k = 0; k < N; ++k) s[k] += load<V>(from + k * cols + j) * v[k];
       }
       for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = s[k];
     });
@@ -209,14 +209,14 @@ struct Narrow : Rows<float> {
   }
 
   void centroid(int64_t tile, int64_t slot) {
-    const int64_t begin = tile * kTile, end = begin + kTile < Cp ? begin + kTile : Cp;
+    const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
     V lo{}, hi{};
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       const int64_t n = this->n, Cp = this->Cp, K = this->K;
       const int p = job.power0 + k0;
       const float a0 = a[k0];
-      float* const to = L + (slot * K + k0) * kTile - begin;
+      float* const to = L + (slot * K + k0) * cols - begin;
       for (int64_t j = begin; j < end; j += W) {
         V mean[N];
         for (int k = 0; k < N; ++k) mean[k] = splat(-m[k0 + k]);
@@ -231,7 +231,7 @@ struct Narrow : Rows<float> {
         }
         for (int k = 0; k < N; ++k) {
           lo = mean[k] < lo ? mean[k] : lo, hi = mean[k] > hi ? mean[k] : hi;
-          store(to + k * kTile + j, log1p_small(mean[k]));
+          store(to + k * cols + j, log1p_small(mean[k]));
         }
       }
     });
@@ -242,12 +242,12 @@ struct Narrow : Rows<float> {
 
   template <int kOrder>
   void accumulate(int64_t i, int64_t tile, int64_t slot) {
-    const int64_t begin = tile * kTile, end = begin + kTile < Cp ? begin + kTile : Cp;
+    const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
     const float* const x = X + i * Cp;
     float *const e = E + i * Cp, *const g_to = G + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const float* const l = L + (slot * K + k0) * kTile - begin;
+      const float* const l = L + (slot * K + k0) * cols - begin;
       const int p = job.power0 + k0;
       V kl[N];
       float ak[N], scale[N], shift[N];
@@ -265,7 +265,7 @@ struct Narrow : Rows<float> {
         V ex[N];
         exponentials<Source::chain, N>(e + j, 0, ak, p, ex);
         for (int k = 0; k < N; ++k) {
-          const V t = (ak[k] * d - shift[k]) - load<V>(l + k * kTile + j);
+          const V t = (ak[k] * d - shift[k]) - load<V>(l + k * cols + j);
           const V pt = ex[k] * t;
           g += scale[k] * pt;
           kl[k] += pt * psi_ratio<kOrder>(t);

@@ -12,7 +12,8 @@
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
-constexpr int kTileVectors = 16;
+constexpr int kTileVectors = 16;  // columns of a tile, fewer where many rows share the first-level cache
+constexpr int64_t kTileBytes = 24 << 10;
 constexpr int kSumBlock =
     32;  // rows summed before their sum joins the centroid's: rounding does not build up
 constexpr int kFlushTiles = 64;  // sums in lanes of T go over to double this often, whatever C
@@ -80,12 +81,13 @@ void each(const Team& team, int64_t count, F&& f) {
 template <class T>
 struct Rows {
   using V = Vec<T>;
-  static constexpr int W = Simd<T>::width, kTile = W * kTileVectors;
+  static constexpr int W = Simd<T>::width;
 
   const Job& job;
   const Cluster& cluster;
   int64_t n, C, Cp;  // rows, classes, classes in whole vectors
   int K;
+  int64_t cols;   // columns of a tile, whole vectors
   int64_t tiles;  // column tiles
   Source source;  // where the exponentials come from
   T *X, *E,
@@ -101,8 +103,13 @@ struct Rows {
         C(j.classes),
         Cp(round_up(C, W)),
         K(j.temperatures),
-        tiles((Cp + kTile - 1) / kTile),
-        source(choose(j, cl)) {}
+        source(choose(j, cl)) {
+    const int64_t vectors = (kTileBytes / n) / (kVectorBytes * (source == Source::stored ? K : 2));
+    cols = W * (vectors < kTileVectors / 4 ? kTileVectors / 4
+                : vectors < kTileVectors   ? vectors
+                                           : kTileVectors);
+    tiles = (Cp + cols - 1) / cols;
+  }
 
   static Source choose(const Job& j, const Cluster& cl) {
     if (j.power0 > 0) return Source::chain;

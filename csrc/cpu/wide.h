@@ -36,7 +36,7 @@ template <class T, bool kGiven, bool kPerRow>
 struct Wide : Rows<T> {
   using Base = Rows<T>;
   using Base::a, Base::c, Base::C, Base::cluster, Base::Cp, Base::E, Base::G, Base::job, Base::K;
-  using Base::kTile, Base::n, Base::q, Base::r, Base::source, Base::tiles, Base::W, Base::X;
+  using Base::cols, Base::n, Base::q, Base::r, Base::source, Base::tiles, Base::W, Base::X;
   using V = Vec<T>;
   static constexpr bool kCareful = sizeof(T) == 8;
 
@@ -46,7 +46,7 @@ struct Wide : Rows<T> {
   double* off;             // (n, K) log S less its mean over the rows
   T *mix, *mix_up;         // (n, K) weight of the row's exponentials in Q, and in R
   T *log_mean, *up;        // (K), (n) upstream gradient
-  T *L, *Q, *rho;          // (slots, K, kTile)
+  T *L, *Q, *rho;          // (slots, K, cols)
 
   Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl), slots(whole ? tiles : 1) {
     typename Base::Layout layout{0};
@@ -62,9 +62,9 @@ struct Wide : Rows<T> {
     layout.take(off, n * K + Simd<double>::width);
     layout.take(mix, n * K), layout.take(mix_up, kPerRow ? n * K : 0);
     layout.take(log_mean, K), layout.take(up, n);
-    layout.take(L, slots * K * kTile);
-    layout.take(Q, kCareful ? slots * K * kTile : 0);
-    layout.take(rho, kPerRow ? slots * K * kTile : 0);
+    layout.take(L, slots * K * cols);
+    layout.take(Q, kCareful ? slots * K * cols : 0);
+    layout.take(rho, kPerRow ? slots * K * cols : 0);
   }
 
   template <Source kSource>
@@ -145,10 +145,10 @@ struct Wide : Rows<T> {
       const T *const from = this->template place_of<kSource>(0, k0), *const ai = a + k0;
       const int64_t row_stride = kSource == Source::stored ? K * Cp : Cp;
       const int p = job.power0 + k0;
-      const int64_t begin = tile * kTile, end = begin + kTile < Cp ? begin + kTile : Cp;
-      T* const l = L + (slot * K + k0) * kTile - begin;
-      T* const mean_to = Q + (slot * K + k0) * kTile - begin;
-      T* const rho_to = rho + (slot * K + k0) * kTile - begin;
+      const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
+      T* const l = L + (slot * K + k0) * cols - begin;
+      T* const mean_to = Q + (slot * K + k0) * cols - begin;
+      T* const rho_to = rho + (slot * K + k0) * cols - begin;
       for (int64_t j = begin; j < end; j += W) {
         V mean[N] = {}, weighted[N] = {};
         if constexpr (kGiven) {
@@ -174,9 +174,9 @@ struct Wide : Rows<T> {
           const auto vanished =
               mean[k] < kSmallestNormal<T>;  // then so have all its P, which multiply L below
           const V log_q = log_positive(mean[k]) + log_mean[k0 + k];
-          store(l + k * kTile + j, vanished ? splat(kGiven ? T(-__builtin_inf()) : T(0)) : log_q);
-          if constexpr (kCareful) store(mean_to + k * kTile + j, mean[k]);
-          if constexpr (kPerRow) store(rho_to + k * kTile + j, vanished ? V{} : weighted[k] / mean[k]);
+          store(l + k * cols + j, vanished ? splat(kGiven ? T(-__builtin_inf()) : T(0)) : log_q);
+          if constexpr (kCareful) store(mean_to + k * cols + j, mean[k]);
+          if constexpr (kPerRow) store(rho_to + k * cols + j, vanished ? V{} : weighted[k] / mean[k]);
         }
       }
     });
@@ -200,11 +200,11 @@ struct Wide : Rows<T> {
         h[k] = h_acc[at + k], scale[k] = c[at + k], ak[k] = a[k0 + k];
         if constexpr (kCareful) kl[k] = kl_acc[at + k], shift[k] = T(off[at + k]), soft[k] = r[at + k];
       }
-      const int64_t begin = tile * kTile, end = begin + kTile < Cp ? begin + kTile : Cp;
+      const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
       const T *const x = X + i * Cp, *const from = this->template place_of<kSource>(i, k0);
-      const T* const l = L + (slot * K + k0) * kTile - begin;
-      const T* const mean_of = Q + (slot * K + k0) * kTile - begin;
-      const T* const rho_of = rho + (slot * K + k0) * kTile - begin;
+      const T* const l = L + (slot * K + k0) * cols - begin;
+      const T* const mean_of = Q + (slot * K + k0) * cols - begin;
+      const T* const rho_of = rho + (slot * K + k0) * cols - begin;
       T* const g_to = G + i * Cp;
       const int p = job.power0 + k0;
       const T gain = up[i];
@@ -214,15 +214,15 @@ struct Wide : Rows<T> {
         V ex[N];
         exponentials<kSource, N>(from + j, Cp, ak, p, ex);
         for (int k = 0; k < N; ++k) {
-          V t = ak[k] * v - load<V>(l + k * kTile + j);
+          V t = ak[k] * v - load<V>(l + k * cols + j);
           if constexpr (kCareful) {
             t -= shift[k];
-            const V mean = load<V>(mean_of + k * kTile + j), prob = ex[k] * soft[k];
+            const V mean = load<V>(mean_of + k * cols + j), prob = ex[k] * soft[k];
             const V positive = mean * psi(t, prob / mean);
             // P = 0 contributes Q; with a given Q = 0 under P > 0 the divergence is infinite
             kl[k] += prob == T(0) ? mean : mean == T(0) ? splat(T(__builtin_inf())) : positive;
           }
-          if constexpr (kPerRow) t = gain * t - load<V>(rho_of + k * kTile + j);
+          if constexpr (kPerRow) t = gain * t - load<V>(rho_of + k * cols + j);
           V pt = ex[k] * t;
           if constexpr (kGiven) pt = ex[k] == T(0) ? V{} : pt;
           h[k] += pt;
