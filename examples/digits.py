@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many trainings of each kind (default 3)")
+    parser.add_argument("--seeds", type=int, default=1, help="how many trainings of each kind (default 1)")
     parser.add_argument(
         "--steps", type=int, default=common.STEPS, help=f"steps of each (default {common.STEPS})"
     )
