@@ -1,0 +1,24 @@
+"""Is this model undistillable? Knockoff students under published and adaptive attacks, against the LS
+student.
+"""
+
+from .attacks import Attack, attacks, register_attack
+from .data import AuditData, load_audit_data
+from .render import plot_audit, to_markdown
+from .report import AuditReport
+from .run import audit
+from .students import StudentTraining, mlp
+
+__all__ = [
+    "Attack",
+    "AuditData",
+    "AuditReport",
+    "StudentTraining",
+    "attacks",
+    "audit",
+    "load_audit_data",
+    "mlp",
+    "plot_audit",
+    "register_attack",
+    "to_markdown",
+]

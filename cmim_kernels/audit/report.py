@@ -1,0 +1,184 @@
+"""What an audit found: accuracies, differences to the baseline, verdicts; kept in one JSON file that an audit
+resumes from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .data import LABELS_ONLY
+from .stats import Difference, paired_difference
+
+VERSION = 1
+_FIXED = ("version", "fingerprint", "teachers", "seeds", "label_smoothing", "settings")
+
+
+@dataclass
+class AuditReport:
+    """Accuracies are shares in [0, 1], one per seed, in the order of `seeds`.
+
+    Args:
+        teachers: names of the audited teachers.
+        seeds: seeds of the students, or numbers of the splits.
+        label_smoothing: the baseline's.
+        settings: sizes of the data and the students' training, for the reader.
+        fingerprint: hash of data, student and training: only an audit of the same ones may be resumed.
+        attacks: name -> {"paper", "threat"} of the attacks asked for.
+        baselines: label smoothing -> accuracies of the students that never saw a teacher.
+        results: attack -> teacher -> accuracies of the knockoff students; where the attack allows it, also
+            for the teacher that knows nothing but the labels (`LABELS_ONLY`).
+        skipped: attack -> why it could not be run.
+    """
+
+    teachers: list[str]
+    seeds: list[int]
+    label_smoothing: float
+    settings: dict[str, Any]
+    fingerprint: str
+    attacks: dict[str, dict[str, str]]
+    baselines: dict[str, list[float]] = field(default_factory=dict)
+    results: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    version: int = VERSION
+
+    @property
+    def baseline(self) -> list[float]:
+        """The LS student's accuracies."""
+        return self.baselines[f"{self.label_smoothing:g}"]
+
+    def difference(self, teacher: str, attack: str, over_labels: bool = False) -> Difference:
+        """Knockoff students of a teacher (or of `LABELS_ONLY`) minus LS students, paired by seed, as shares
+        of the test set; with `over_labels`, minus the students of the same attack from labels only.
+        """
+        against = self.results[attack][LABELS_ONLY] if over_labels else self.baseline
+        return paired_difference(self.results[attack][teacher], against)
+
+    def best_smoothing(self) -> tuple[str, Difference]:
+        """The label smoothing with the best mean accuracy (chosen on the test data, so in its favour) against
+        the baseline's.
+        """
+        best = max(self.baselines, key=lambda key: paired_difference(self.baselines[key], self.baseline).mean)
+        return best, paired_difference(self.baselines[best], self.baseline)
+
+    def deciding(self) -> list[str]:
+        """The attacks that were run and decide the verdict: all but those of the `leakage` threat."""
+        return [name for name in self.results if self.attacks[name]["threat"] != "leakage"]
+
+    def worst(self, teacher: str) -> str | None:
+        """The deciding attack with the highest mean difference; None where none gave a finite one."""
+        means = {name: self.difference(teacher, name).mean for name in self.deciding()}
+        finite = {name: mean for name, mean in means.items() if not math.isnan(mean)}
+        return max(finite, key=finite.__getitem__) if finite else None
+
+    def beaten_by(self, teacher: str) -> list[str]:
+        """The deciding attacks that beat the LS student: the whole interval lies above zero."""
+        return [name for name in self.deciding() if self.difference(teacher, name).low > 0]
+
+    def taught_by(self, teacher: str) -> list[str]:
+        """Those of them that beat the same attack from labels only, too (or have no such control): the gain
+        is the teacher's and not the loss's.
+        """
+        return [
+            name
+            for name in self.beaten_by(teacher)
+            if LABELS_ONLY not in self.results[name]
+            or self.difference(teacher, name, over_labels=True).low > 0
+        ]
+
+    def verdict(self, teacher: str) -> str:
+        """One sentence: distillable or not by the attacks tried, and by how much at worst."""
+        worst = self.worst(teacher)
+        if worst is None or len(self.seeds) < 2:
+            return "undecided: needs at least one attack and two seeds"
+        tried, beaten, taught = len(self.deciding()), self.beaten_by(teacher), self.taught_by(teacher)
+        d = self.difference(teacher, worst)
+        at_worst = f"worst: {worst}, {100 * d.mean:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+        if taught:
+            return f"distillable: {len(beaten)} of {tried} attacks beat the LS student ({at_worst})"
+        if beaten:
+            return (
+                f"no sign that it can be distilled, but {len(beaten)} of {tried} attacks beat the LS student "
+                f"({at_worst}), as much as the same losses do from labels only: {', '.join(beaten)}"
+            )
+        return f"undistillable by these {tried} attacks: none beats the LS student ({at_worst})"
+
+    def to_json(self) -> str:
+        """The whole report; a share that is not a number is null."""
+        return json.dumps(_without_nan(asdict(self)), indent=1, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> AuditReport:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: the text is no such report, or one of another version.
+        """
+        try:
+            entries = json.loads(text)
+            report = AuditReport(**entries)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"not an audit report: {error}") from error
+        if report.version != VERSION:
+            raise ValueError(
+                f"an audit report of version {report.version}, this library reads version {VERSION}"
+            )
+        report.baselines = {key: _with_nan(values) for key, values in report.baselines.items()}
+        report.results = {
+            attack: {teacher: _with_nan(values) for teacher, values in by_teacher.items()}
+            for attack, by_teacher in report.results.items()
+        }
+        return report
+
+    def save(self, folder: Path) -> None:
+        """Writes folder/audit.json, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "audit.json.partial"
+        partial.write_text(self.to_json())
+        os.replace(partial, folder / "audit.json")
+
+    def resume(self, folder: Path) -> None:
+        """Takes over what folder/audit.json already holds, if there is one; attacks not asked for now are
+        left out.
+
+        Raises:
+            ValueError: the file is no audit report or belongs to other data or settings.
+        """
+        path = folder / "audit.json"
+        if not path.exists():
+            return
+        try:
+            earlier = AuditReport.from_json(path.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"cannot resume from {path}: {error}; start again with fresh=True (--fresh)"
+            ) from error
+        differing = [name for name in _FIXED if getattr(earlier, name) != getattr(self, name)]
+        if differing:
+            raise ValueError(
+                f"{path} is the audit of something else ({', '.join(differing)} differ); "
+                "choose another folder or start again with fresh=True (--fresh)"
+            )
+        self.baselines = dict(earlier.baselines)
+        self.results = {
+            name: values
+            for name, values in earlier.results.items()
+            if self.attacks.get(name) == earlier.attacks.get(name)
+        }
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _with_nan(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]

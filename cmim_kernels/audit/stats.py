@@ -1,0 +1,67 @@
+"""Paired differences with Student's t-interval, without SciPy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of n paired differences, its standard error and the two-sided interval around it, in the inputs'
+    units.
+    """
+
+    n: int
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+
+
+def t_cdf(t: float, df: int) -> float:
+    """P(T <= t) for Student's t with `df` degrees of freedom, by the finite sums of Abramowitz and Stegun
+    26.7.3, 26.7.4.
+    """
+    theta = math.atan2(abs(t), math.sqrt(df))
+    cosine = math.cos(theta)
+    odd = df % 2 == 1
+    term = total = 0.0 if df == 1 else cosine if odd else 1.0
+    for k in range(2 + odd, df, 2):
+        term *= cosine**2 * (k - 1) / k
+        total += term
+    inside = math.sin(theta) * total
+    if odd:
+        inside = 2 / math.pi * (theta + inside)
+    return 0.5 + math.copysign(inside / 2, t)
+
+
+def t_quantile(probability: float, df: int) -> float:
+    """The t with P(T <= t) = probability, for a probability in [0.5, 1), by bisection."""
+    low, high = 0.0, 1.0
+    while t_cdf(high, df) < probability:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_cdf(middle, df) < probability else (low, middle)
+    return high
+
+
+def paired_difference(
+    values: Sequence[float], baseline: Sequence[float], confidence: float = 0.95
+) -> Difference:
+    """Mean of values - baseline, paired, with its t-interval; infinitely wide with fewer than two pairs.
+
+    Pairs with a NaN are left out (`n` says how many remain); with none left everything is NaN.
+    """
+    pairs = [a - b for a, b in zip(values, baseline, strict=True) if not (math.isnan(a) or math.isnan(b))]
+    n = len(pairs)
+    if n == 0:
+        return Difference(0, math.nan, math.nan, math.nan, math.nan)
+    mean = math.fsum(pairs) / n
+    if n == 1:
+        return Difference(1, mean, math.inf, -math.inf, math.inf)
+    error = math.sqrt(math.fsum((pair - mean) ** 2 for pair in pairs) / (n - 1) / n)
+    half = t_quantile(0.5 + confidence / 2, n - 1) * error
+    return Difference(n, mean, error, mean - half, mean + half)

@@ -1,0 +1,162 @@
+"""Students of all seeds and teachers trained together: one set of stacked weights, one optimiser, one vmapped
+forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+
+StudentFactory = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class StudentTraining:
+    """How every student is trained: AdamW, cosine schedule down to 0; the same for the baseline and every
+    attack.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: rows in a step; a data set no larger than that is taken whole in every step.
+        lr: peak learning rate.
+        weight_decay: AdamW's.
+    """
+
+    steps: int = 300
+    batch_size: int = 128
+    lr: float = 5e-3
+    weight_decay: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}"
+            )
+        if not self.lr > 0 or not self.weight_decay >= 0:
+            raise ValueError(
+                f"lr must be positive, weight_decay not negative, got {self.lr}, {self.weight_decay}"
+            )
+
+
+def mlp(inputs: int, hidden: Sequence[int], classes: int) -> StudentFactory:
+    """A factory of multilayer perceptrons with ReLU on the flattened input: `inputs - hidden... -
+    classes`.
+    """
+
+    def make() -> nn.Module:
+        layers: list[nn.Module] = [nn.Flatten()]
+        width = inputs
+        for size in hidden:
+            layers += [nn.Linear(width, size), nn.ReLU()]
+            width = size
+        return nn.Sequential(*layers, nn.Linear(width, classes))
+
+    return make
+
+
+class Students:
+    """R = copies * seeds students with stacked weights. Copies of one seed start from the same weights.
+
+    Args:
+        factory: makes one student; called once per seed, with torch's generator seeded by it.
+        seeds: S seeds.
+        copies: students per seed, ordered copy by copy: student r has seed r % S.
+        device: where they live.
+
+    Raises:
+        ValueError: the students keep running statistics, which cannot be updated for stacked weights.
+    """
+
+    def __init__(
+        self, factory: StudentFactory, seeds: Sequence[int], copies: int, device: torch.device
+    ) -> None:
+        modules = []
+        for seed in seeds:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                modules.append(factory().to(device))
+        for name, module in modules[0].named_modules():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                raise ValueError(
+                    f"the student's {name or 'module'} keeps running statistics, which students trained "
+                    "together cannot; use GroupNorm or LayerNorm, or track_running_stats=False"
+                )
+        params, buffers = stack_module_state(modules)
+        self._params = {
+            key: value.detach().repeat(copies, *[1] * (value.dim() - 1)) for key, value in params.items()
+        }
+        self._buffers = {
+            key: value.repeat(copies, *[1] * (value.dim() - 1)) for key, value in buffers.items()
+        }
+        for value in self._params.values():
+            value.requires_grad_()
+        self._module = modules[0]
+        self._seeds = list(seeds)
+        self._copies = copies
+        self._forward = vmap(self._one, in_dims=(0, 0, 0), randomness="different")
+
+    def _one(self, params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        return functional_call(self._module, (params, buffers), (inputs,))
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """(S, B, ...) -> logits (R, B, C): copies of one seed see the same rows."""
+        inputs = inputs.repeat(self._copies, *[1] * (inputs.dim() - 1))
+        return self._forward(self._params, self._buffers, inputs)
+
+    def parameters(self) -> list[Tensor]:
+        """The stacked weights, each (R, ...)."""
+        return list(self._params.values())
+
+    def train(self, training: StudentTraining, step_loss: Callable[[], Tensor]) -> None:
+        """Minimises `step_loss() -> (R,)`: the students share no weight, so the sum's gradient is each
+        one's own.
+        """
+        self._module.train()
+        optimiser = torch.optim.AdamW(self.parameters(), lr=training.lr, weight_decay=training.weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, training.steps)
+        with torch.random.fork_rng():
+            torch.manual_seed(self._seeds[0])  # for dropout
+            for _ in range(training.steps):
+                optimiser.zero_grad()
+                step_loss().sum().backward()
+                optimiser.step()
+                schedule.step()
+
+    @torch.no_grad()
+    def accuracy(self, inputs: Tensor, labels: Tensor, chunk: int = 4096) -> Tensor:
+        """Share of right answers on (S, M, ...), (S, M), as (R,) float64; NaN where a student's logits are
+        not finite.
+        """
+        self._module.eval()
+        right = torch.zeros(self._copies * labels.shape[0], dtype=torch.float64, device=labels.device)
+        for start in range(0, labels.shape[1], chunk):
+            logits = self(inputs[:, start : start + chunk])
+            hits = logits.argmax(-1) == labels[:, start : start + chunk].repeat(self._copies, 1)
+            right += torch.where(logits.isfinite().all(-1).all(-1), hits.sum(-1).double(), torch.nan)
+        return right / labels.shape[1]
+
+
+def batches(seeds: Sequence[int], rows: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """Endless (S, B) row numbers: each seed's own shuffled epochs, the same for every attack."""
+    if rows <= batch_size:
+        whole = torch.arange(rows, device=device).expand(len(seeds), rows)
+        while True:
+            yield whole
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    while True:
+        order = torch.stack([torch.randperm(rows, generator=generator) for generator in generators]).to(
+            device
+        )
+        for start in range(0, rows - batch_size + 1, batch_size):
+            yield order[:, start : start + batch_size]
+
+
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows (S, N, ...) at (S, B) -> (S, B, ...); rows (R, N, ...) take the index copy by copy."""
+    index = index.repeat(rows.shape[0] // index.shape[0], 1)
+    return rows[torch.arange(rows.shape[0], device=rows.device).unsqueeze(1), index]
