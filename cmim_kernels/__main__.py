@@ -5,7 +5,7 @@ Environment variables that the package reads when it runs (those of its build ar
 | variable | values | effect |
 |---|---|---|
 | `CMIM_KERNELS_CPU_VARIANT` | `avx512`, `avx2`, `baseline` | the CPU kernels' instruction set, read once |
-| `TRITON_INTERPRET` | `1` | Triton's kernels run in its interpreter, on CPU tensors; read when it is imported |
+| `TRITON_INTERPRET` | `1` | Triton's kernels run in its interpreter, on CPU tensors; read once |
 """
 
 from __future__ import annotations

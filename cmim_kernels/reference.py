@@ -121,7 +121,7 @@ def _batch_ratios(z: Tensor, label: Tensor, a: Tensor) -> tuple[Tensor, Tensor, 
         column_shift = (log_q - log_centre).round().masked_fill(dead, 0)  # (K, N, C)
         pbar = torch.softmax(log_centre + column_shift, dim=-1)  # (K, N, C)
     offset = torch.where(dead, 0.0, z) - mean  # (N, C), exact for rows close to their centre
-    rho = torch.where(dead, 0.0, a * offset - column_shift - row_shift)  # (K, N, C)
+    rho = torch.where(dead, 0.0, a * offset - (column_shift + row_shift))  # (K, N, C)
     for _ in range(2):  # log P - b; the second round takes away what the first one's sum was rounded by
         rho = rho - torch.log1p((pbar * torch.expm1(rho)).sum(-1, keepdim=True))
     mean_growth = _cluster_sum(torch.expm1(rho), cluster) / _cluster_sum(torch.ones_like(z[:, :1]), cluster)

@@ -45,25 +45,25 @@ class Regime:
 def regimes() -> list[Regime]:
     """Every kind of input that an implementation has to get right, all small enough for an interpreter."""
     plain: dict[str, Callable[[Generator], Batch]] = {
-        "random": lambda g: _random(g, 24, 10),
-        "random_x10": lambda g: _random(g, 24, 10, scale=10.0),
+        "random": lambda g: _random(g, 64, 10),
+        "random_x10": lambda g: _random(g, 64, 10, scale=10.0),
         "shifted_up": lambda g: _shifted(g, 30.0),
         "shifted_down": lambda g: _shifted(g, -30.0),
         "confident": _confident,
-        "uniform": lambda g: (torch.full((16, 12), 0.7), _labels(g, 16, 4)),
-        "ties": lambda g: (torch.randint(-1, 2, (24, 9), generator=g).float(), _labels(g, 24, 9)),
+        "uniform": lambda g: (torch.full((64, 12), 0.7), _labels(g, 64, 4)),
+        "ties": lambda g: (torch.randint(-1, 2, (64, 9), generator=g).float(), _labels(g, 64, 9)),
         "masked_by_cluster": lambda g: _masked(g, whole_cluster=True),
         "masked_in_some_rows": lambda g: _masked(g, whole_cluster=False),
         "one_row_per_class": lambda g: (torch.randn(20, 20, generator=g), torch.randperm(20, generator=g)),
-        "one_class_present": lambda g: (torch.randn(16, 7, generator=g), torch.full((16,), 3)),
+        "one_class_present": lambda g: (torch.randn(40, 7, generator=g), torch.full((40,), 3)),
         "one_row": lambda g: _random(g, 1, 10),
         "two_rows": lambda g: (torch.randn(2, 10, generator=g), torch.tensor([4, 4])),
-        "absent_classes": lambda g: (torch.randn(24, 50, generator=g), _labels(g, 24, 3) * 20),
+        "absent_classes": lambda g: (torch.randn(64, 50, generator=g), _labels(g, 64, 3) * 20),
         "one_large_cluster": lambda g: (torch.randn(150, 6, generator=g), torch.arange(150) // 140),
         "confident_collapsed": _confident_collapsed,
     }
     built = [Regime(name, build) for name, build in plain.items()]
-    built += [Regime(f"classes_{c}", partial(_random, n=9, c=c)) for c in CLASS_COUNTS]
+    built += [Regime(f"classes_{c}", partial(_random, n=12, c=c)) for c in CLASS_COUNTS]
     built += [Regime(f"collapsed_{width:g}", partial(_collapsed, width=width)) for width in COLLAPSE_WIDTHS]
     return built
 
@@ -88,20 +88,20 @@ def _random(g: Generator, n: int, c: int, scale: float = 1.0) -> Batch:
 
 
 def _shifted(g: Generator, by: float) -> Batch:
-    logits, target = _random(g, 24, 10)
+    logits, target = _random(g, 64, 10)
     return logits + by, target
 
 
 def _confident(g: Generator) -> Batch:
-    logits, target = _random(g, 24, 10)
+    logits, target = _random(g, 64, 10)
     return logits + 20 * F.one_hot(target, 10), target
 
 
 def _masked(g: Generator, whole_cluster: bool) -> Batch:
-    logits, target = _random(g, 24, 12)
+    logits, target = _random(g, 64, 12)
     if whole_cluster:
         return logits.masked_fill((target[:, None] == 1) & (torch.arange(12) > 6), -torch.inf), target
-    masked = torch.rand(24, 12, generator=g) < 0.25
+    masked = torch.rand(64, 12, generator=g) < 0.25
     return logits.masked_fill(masked & ~F.one_hot(target, 12).bool(), -torch.inf), target
 
 
@@ -159,11 +159,12 @@ def base_loss(
     log_p = F.log_softmax(z.new_tensor(inverse_temperatures)[:, None, None] * rows, dim=-1)  # (K, M, C)
     p = log_p.exp()
     if centroids is None:
-        total = p.new_zeros(len(p), z.shape[1], z.shape[1]).index_add(1, y, p)
-        q = (total / torch.bincount(y, minlength=z.shape[1]).clamp(min=1)[:, None])[:, y]
+        labels, cluster, counts = torch.unique(y, return_inverse=True, return_counts=True)
+        total = p.new_zeros(len(p), len(labels), z.shape[1]).index_add(1, cluster, p)
+        q = (total / counts[:, None])[:, cluster]  # (K, M, C)
     else:
         q = centroids[:, y]
-    some = p > 0
+    some = (p > 0) & (q > 0)
     log_ratio = torch.where(some, log_p, 0) - torch.where(some, q, 1).log()
     kl = (p * log_ratio).sum(-1)  # (K, M)
     if centroids is not None:

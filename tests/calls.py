@@ -1,0 +1,149 @@
+"""One set of options, called through the public functions and through the reference's argument list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from conftest import Place
+from torch import Tensor
+
+import cmim_kernels as ck
+from cmim_kernels import reference, testing
+from cmim_kernels.testing import Regime
+
+UNIFORM = ck.TemperatureSpectrum.uniform(1.0, 8)
+REDUCTIONS = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.SUM}
+
+
+@dataclass(frozen=True)
+class Options:
+    """`fused_cmi_loss`'s options; the tensors among them are made to fit the batch."""
+
+    spectrum: ck.TemperatureSpectrum = UNIFORM
+    ce_weight: float = 1.0
+    cmi_weight: float = 1.0
+    class_weight: bool = False
+    centroids: bool = False
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    ignore_every: int = 0  # every so many rows are ignored
+    ignore_index: int = -100
+
+    def batch(self, regime: Regime, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor]:
+        logits, target = regime.make(dtype, device, seed)
+        if self.ignore_every:
+            target[:: self.ignore_every] = self.ignore_index
+        return logits, target
+
+    def tensors(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """class_weight (C,), centroids (K, C, C), in the compute dtype."""
+        generator = torch.Generator().manual_seed(len(logits))
+        c, k = logits.shape[1], len(self.spectrum)
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        weight = 0.5 + torch.rand(c, generator=generator)
+        centroids = torch.softmax(torch.randn(k, c, c, generator=generator), -1) if self.centroids else None
+        return (
+            weight.to(logits.device, dtype) if self.class_weight else None,
+            None if centroids is None else centroids.to(logits.device, dtype),
+        )
+
+    def kwargs(self, logits: Tensor) -> dict[str, Any]:
+        weight, centroids = self.tensors(logits)
+        return {
+            "temperatures": self.spectrum,
+            "ce_weight": self.ce_weight,
+            "cmi_weight": self.cmi_weight,
+            "weight": weight,
+            "centroids": centroids,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+        }
+
+    def arguments(self, logits: Tensor, target: Tensor, reduction: int | None = None) -> tuple[Any, ...]:
+        """As `reference_loss` takes them after the logits."""
+        weight, centroids = self.tensors(logits)
+        return (
+            target,
+            self.spectrum.inverse_temperatures,
+            self.spectrum.weights,
+            weight,
+            centroids,
+            self.ce_weight,
+            self.cmi_weight,
+            self.label_smoothing,
+            self.ignore_index,
+            REDUCTIONS[self.reduction] if reduction is None else reduction,
+        )
+
+
+OPTIONS = {
+    "default": Options(),
+    "cmi_alone": Options(ce_weight=0.0),
+    "general_grid": Options(ck.TemperatureSpectrum.gauss_legendre(2.0, 5), cmi_weight=3.0),
+    "powers_of_two": Options(ck.TemperatureSpectrum.geometric(1.0, 8.0, 4)),
+    "one_temperature": Options(ck.TemperatureSpectrum([1.0])),
+    "cold_and_hot": Options(ck.TemperatureSpectrum([0.25, 3.0, 20.0])),
+    "cross_entropy_options": Options(class_weight=True, label_smoothing=0.2, ignore_every=5),
+    "sum": Options(reduction="sum", ignore_every=3, ignore_index=2**40),
+    "rows": Options(reduction="none", class_weight=True, label_smoothing=0.1, ignore_every=4, ignore_index=0),
+    "centroids": Options(centroids=True, ce_weight=0.5),
+    "centroids_rows": Options(centroids=True, reduction="none"),
+}
+
+
+def upstream_for(options: Options, logits: Tensor) -> Tensor:
+    """The upstream gradient, different for every row where rows have their own."""
+    shape = logits.shape[:1] if options.reduction == "none" else ()
+    generator = torch.Generator().manual_seed(7)
+    return (0.5 + torch.rand(shape, generator=generator)).to(logits.device)
+
+
+def fused(place: Place, options: Options, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and gradient by the public function on one backend."""
+    kwargs = options.kwargs(logits)
+    return testing.value_and_grad(
+        lambda z: ck.fused_cmi_loss(z, target, backend=place.name, **kwargs),
+        logits,
+        upstream=upstream_for(options, logits),
+    )
+
+
+def spectrum(place: Place, options: Options, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """CMI of every temperature, and the gradient of their sum."""
+    centroids = options.tensors(logits)[1]
+    return testing.value_and_grad(
+        lambda z: ck.cmi_spectrum(
+            z,
+            target,
+            temperatures=options.spectrum,
+            centroids=centroids,
+            ignore_index=options.ignore_index,
+            backend=place.name,
+        ),
+        logits,
+    )
+
+
+@cache
+def judged(
+    regime: Regime, options: Options, dtype: torch.dtype, seed: int, of: str
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(value, gradient) by truth and by base, of the "loss" or the "spectrum", on the CPU; kept for all backends."""
+    logits, target = options.batch(regime, dtype, "cpu", seed)
+    if of == "spectrum":
+        arguments = options.arguments(logits, target, reference.SPECTRUM)
+        return testing.truth(logits, *arguments), testing.base(logits, *arguments)
+    arguments = options.arguments(logits, target)
+    upstream = upstream_for(options, logits)
+    return (
+        testing.truth(logits, *arguments, upstream=upstream),
+        testing.base(logits, *arguments, upstream=upstream),
+    )
+
+
+def regime(name: str) -> Regime:
+    return next(r for r in testing.regimes() if r.name == name)

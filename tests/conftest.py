@@ -1,0 +1,68 @@
+"""What every test shares: the backends to run on, and uninitialised memory that shows itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+ALL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NO_DOUBLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A backend and the device it is tried on."""
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.device}"
+
+    def needs(self, dtype: torch.dtype) -> None:
+        """Skips the test where the backend does not serve this dtype."""
+        if dtype not in self.dtypes:
+            pytest.skip(f"{self} does not serve {dtype}")
+
+
+def places() -> list[object]:
+    """The interpreter is slow, and chosen before Triton is imported: it has a run of its own."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return [
+            pytest.param(Place("triton", "cpu", NO_DOUBLE), marks=pytest.mark.interpreter, id="interpreter")
+        ]
+    found = [Place("reference", "cpu", ALL), Place("cpu", "cpu", ALL)]
+    parameters: list[object] = [pytest.param(place, id=str(place)) for place in found]
+    if torch.cuda.is_available():
+        on_gpu = [
+            Place("cuda", "cuda", ALL),
+            Place("triton", "cuda", NO_DOUBLE),
+            Place("reference", "cuda", ALL),
+        ]
+        parameters += [pytest.param(place, marks=pytest.mark.gpu, id=str(place)) for place in on_gpu]
+    return parameters
+
+
+@pytest.fixture(params=places())
+def place(request: pytest.FixtureRequest) -> Place:
+    """Every backend that can run here, each on its device. One that is not built fails, it does not hide."""
+    chosen: Place = request.param
+    return chosen
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """`torch.empty` holds NaN, so that an entry that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
