@@ -115,7 +115,7 @@ struct Narrow : Rows<float> {
     V dot{}, high{};
     for (int64_t j = 0; j < Cp; j += W) {
       const V z = load<V>(x + j), c = load<V>(center + j);
-      const V d = load<V>(ebar + j) == 0.0f ? V{} : z - c;  // a class without weight plays no part
+      const V d = z == c ? V{} : z - c;  // equal where a class is masked for the cluster: -inf less -inf
       store(x + j, d);
       dot += load<V>(weight + j) * d;
       high = vmax<float>(d < 0.0f ? -d : d, high);
@@ -123,7 +123,7 @@ struct Narrow : Rows<float> {
     shift[i] = sum_lanes<float>(dot);
     V wide{};
     for (int64_t j = 0; j < Cp; j += W) {
-      const V d = load<V>(ebar + j) == 0.0f ? V{} : load<V>(x + j) - shift[i];
+      const V d = load<V>(x + j) - shift[i];
       store(x + j, d);
       store(v1 + j, expm1_small(base * d));
       const V size = d < 0.0f ? -d : d;
