@@ -63,7 +63,7 @@ def regimes() -> list[Regime]:
         "confident_collapsed": _confident_collapsed,
     }
     built = [Regime(name, build) for name, build in plain.items()]
-    built += [Regime(f"classes_{c}", partial(_random, n=12, c=c)) for c in CLASS_COUNTS]
+    built += [Regime(f"classes_{c}", partial(_random, n=40 if c < 200 else 12, c=c)) for c in CLASS_COUNTS]
     built += [Regime(f"collapsed_{width:g}", partial(_collapsed, width=width)) for width in COLLAPSE_WIDTHS]
     return built
 
