@@ -14,7 +14,7 @@ CMI_WEIGHT = 10.0
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of N rows and C logits whose labels take `classes` values.
+    """A batch of N rows and C logits whose labels are drawn from `classes` of the classes.
 
     spread: standard deviation of the rows of a cluster about their common centre; None for unrelated rows.
     """
@@ -26,11 +26,14 @@ class Case:
     grid: str = "uniform"  # uniform: integer multiples of one inverse temperature; general: of none
     dtype: torch.dtype = torch.float32
     spread: float | None = None
+    balanced: bool = False  # the same number of rows for each of the classes
     heavy: bool = False  # timed with --full only, except for the fused loss
 
     @property
     def name(self) -> str:
         parts = [f"{self.n}x{self.c}", f"{self.classes} classes"]
+        if self.balanced:
+            parts.append("one row each" if self.n == self.classes else "balanced")
         if self.k != 8:
             parts.append(f"K={self.k}")
         if self.grid != "uniform":
@@ -55,7 +58,9 @@ class Case:
     def data(self, device: str) -> tuple[Tensor, Tensor]:
         """logits (N, C), a leaf that requires grad, and target (N,) int64."""
         generator = torch.Generator().manual_seed(0)
-        target = (torch.arange(self.n) % self.classes)[torch.randperm(self.n, generator=generator)]
+        target = torch.randint(self.classes, (self.n,), generator=generator)
+        if self.balanced:
+            target = (torch.arange(self.n) % self.classes)[torch.randperm(self.n, generator=generator)]
         if self.spread is None:
             logits = 2 * torch.randn(self.n, self.c, generator=generator)
         else:
@@ -85,5 +90,5 @@ VARIED = [
     Case(256, 1000, 32, spread=1e-1),
     Case(1024, 1000, 128, grid="general"),
     Case(1024, 1000, 128, spread=1e-3),
-    Case(1000, 1000, 1000),  # clusters of one row
+    Case(1000, 1000, 1000, balanced=True),
 ]
