@@ -132,7 +132,7 @@ def spectrum(place: Place, options: Options, logits: Tensor, target: Tensor) -> 
 def judged(
     regime: Regime, options: Options, dtype: torch.dtype, seed: int, of: str
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(value, gradient) by truth and by base, of the "loss" or the "spectrum", on the CPU; kept for all backends."""
+    """(value, gradient) by truth and by base, of the "loss" or "spectrum", kept for all backends."""
     logits, target = options.batch(regime, dtype, "cpu", seed)
     if of == "spectrum":
         arguments = options.arguments(logits, target, reference.SPECTRUM)
