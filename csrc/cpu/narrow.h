@@ -278,6 +278,18 @@ struct Narrow : Rows<float> {
   }
 
   void summarise(int64_t i) {
+    if (job.has_ce && job.grad) {
+      // the powers of E carry its rounding eight times over; a softmax that sums to one keeps that from the
+      // dominating classes
+      const float* const e = E + i * Cp;
+      V part{};
+      double s_ce = 0;
+      for (int64_t j = 0; j < Cp; j += W) {
+        part += power<float>(load<V>(e + j), job.power0 + job.ce_index);
+        if ((j / W) % kFlushVectors == 0) s_ce += double(sum_lanes<float>(part)), part = V{};
+      }
+      r_ce[i] = float(1 / (s_ce + double(sum_lanes<float>(part))));
+    }
     double total = 0;
     for (int k = 0; k < K; ++k) {
       const double kl = sum[i * K + k] * double(r[i * K + k]);

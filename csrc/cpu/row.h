@@ -1,6 +1,8 @@
 // One row of logits: loading it in any storage and stride, its cross entropy, and writing its gradient.
 #pragma once
 
+#include <new>
+
 #include "elementary.h"
 #include "problem.h"
 #include "simd.h"
@@ -102,27 +104,20 @@ inline RowEntropy row_entropy(const Job& job, int64_t row, int64_t label) {
   const double smooth = job.smoothing / double(job.classes);
   return {scale * (one_hot + smooth * job.weight_sum), scale * one_hot, scale * smooth};
 }
-// The row's cross entropy in nats, from log sum exp z. Reads the logits themselves: a masked label is
+// The row's cross entropy in nats; sum = sum_j exp(z_j - top). Reads the logits themselves: a masked label is
 // infinitely wrong.
-inline double row_entropy_value(const Job& job, int64_t row, int64_t label, double log_sum) {
-  auto z = [&](int64_t j) {
-    return element(job.logits, job.storage, row * job.row_stride + j * job.col_stride);
+inline double row_entropy_value(const Job& job, int64_t row, int64_t label, double sum, double top) {
+  const double log_sum = __builtin_log(sum);
+  auto minus_log_p = [&](int64_t j) {
+    return log_sum - (element(job.logits, job.storage, row * job.row_stride + j * job.col_stride) - top);
   };
-  double value = (1 - job.smoothing) * class_weight(job, label) * (log_sum - z(label));
+  double value = (1 - job.smoothing) * class_weight(job, label) * minus_log_p(label);
   if (job.smoothing > 0) {
     double smooth = 0;
-    for (int64_t j = 0; j < job.classes; ++j) smooth += class_weight(job, j) * (log_sum - z(j));
+    for (int64_t j = 0; j < job.classes; ++j) smooth += class_weight(job, j) * minus_log_p(j);
     value += smooth * (job.smoothing / double(job.classes));
   }
   return value;
-}
-
-// Subtracts the cross entropy's target distribution from a gradient row that is still in T.
-template <class T>
-inline void subtract_target(const Job& job, const RowEntropy& e, int64_t label, T* g) {
-  if (e.smooth != 0)
-    for (int64_t j = 0; j < job.classes; ++j) g[j] -= T(e.smooth * class_weight(job, j));
-  g[label] -= T(e.one_hot);
 }
 
 // Writes value(j), a vector of the gradient at columns j .., rounded once to the gradient's storage.
@@ -140,16 +135,39 @@ inline void write_row(const Job& job, int64_t row, F&& value) {
   });
 }
 
+// The entry of the label in a gradient row: the difference of two numbers near each other where the row is
+// confident, so it is had apart, in double, and rounded once.
+template <class T>
+inline void write_entry(const Job& job, int64_t row, int64_t j, double value) {
+  with_storage(job.grad_storage, [&](auto tag) {
+    using S = decltype(tag);
+    if constexpr (sizeof(S) <= sizeof(T))
+      store_tail<T, S>(static_cast<S*>(job.grad) + row * job.classes + j, splat(T(value)), 1);
+  });
+}
+
+// Label smoothing's part of the target distribution, taken from a gradient row that is still in T.
+template <class T>
+inline void subtract_smooth(const Job& job, const RowEntropy& e, T* g) {
+  if (e.smooth != 0)
+    for (int64_t j = 0; j < job.classes; ++j) g[j] -= T(e.smooth * class_weight(job, j));
+}
+
 // Grows the workspace to hold `bytes` and returns it, aligned to a cache line.
 inline char* reserve(Workspace& ws, int64_t bytes) {
   if (bytes > ws.bytes) {
     __builtin_free(ws.data);
     ws.bytes = round_up(bytes + bytes / 4, 64);
     ws.data = __builtin_malloc(size_t(ws.bytes + 64));
-    if (!ws.data) __builtin_trap();
+    if (!ws.data) {
+      ws.bytes = 0;
+      throw std::bad_alloc();
+    }
   }
   return reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(ws.data), 64));
 }
+
+constexpr int kFlushVectors = 1024;  // sums in lanes of T go over to double this often, whatever C
 
 // A row that only the cross entropy sees: a cluster of one, or no CMI at all.
 template <class T>
@@ -159,18 +177,17 @@ void entropy_row(const Job& job, int64_t row, int64_t label, Workspace& ws) {
   const int64_t Cp = round_up(job.classes, W);
   T* x = reinterpret_cast<T*>(reserve(ws, Cp * int64_t(sizeof(T))));
   V e_sum{};
-  double sum = 0, log_sum = 0;
+  double sum = 0;
   if (job.has_ce) {
     const T top = load_row(job, row, x);
     for (int64_t j = 0; j < Cp; j += W) {
       const V e = exp_nonpositive(load<V>(x + j) - top);
       store(x + j, e);
       e_sum += e;
-      if ((j / W) % 1024 == 1023) sum += double(sum_lanes<T>(e_sum)), e_sum = V{};
+      if ((j / W) % kFlushVectors == 0) sum += double(sum_lanes<T>(e_sum)), e_sum = V{};
     }
     sum += double(sum_lanes<T>(e_sum));
-    log_sum = __builtin_log(sum) + double(top);
-    if (job.row_ce) job.row_ce[row] = row_entropy_value(job, row, label, log_sum);
+    if (job.row_ce) job.row_ce[row] = row_entropy_value(job, row, label, sum, double(top));
   } else if (job.row_ce) {
     job.row_ce[row] = 0;
   }
@@ -181,9 +198,11 @@ void entropy_row(const Job& job, int64_t row, int64_t label, Workspace& ws) {
     write_row<T>(job, row, [&](int64_t) { return V{}; });
     return;
   }
+  const double at_label = double(scale) * double(x[label]) - e.one_hot - e.smooth * class_weight(job, label);
   for (int64_t j = 0; j < Cp; j += W) store(x + j, load<V>(x + j) * scale);
-  subtract_target(job, e, label, x);
+  subtract_smooth(job, e, x);
   write_row<T>(job, row, [&](int64_t j) { return load<V>(x + j); });
+  write_entry<T>(job, row, label, at_label);
 }
 
 }  // namespace

@@ -17,7 +17,6 @@ constexpr int64_t kTileBytes = 24 << 10;
 constexpr int kSumBlock =
     32;  // rows summed before their sum joins the centroid's: rounding does not build up
 constexpr int kFlushTiles = 64;  // sums in lanes of T go over to double this often, whatever C
-constexpr int kFlushVectors = 1024;
 constexpr int64_t kStoredBytes = int64_t(1) << 20;  // about a core's second-level cache
 
 template <int N>
@@ -175,7 +174,7 @@ struct Rows {
 
   bool own_ce() const { return job.has_ce && job.ce_index < 0; }
 
-  // sums (K): S_k = sum_j E^(p + k); s_ce: that of temperature 1; log sum exp z of the row is log s_ce + top.
+  // sums (K): S_k = sum_j E^(p + k); s_ce = sum_j exp(z - top).
   void set_row(int64_t i, const double* sums, double s_ce, double top, double upstream) {
     const int64_t row = cluster.rows[i];
     for (int k = 0; k < K; ++k) {
@@ -185,7 +184,7 @@ struct Rows {
     }
     if (job.has_ce) {
       r_ce[i] = T(1 / s_ce);
-      if (job.row_ce) job.row_ce[row] = row_entropy_value(job, row, cluster.label, __builtin_log(s_ce) + top);
+      if (job.row_ce) job.row_ce[row] = row_entropy_value(job, row, cluster.label, s_ce, top);
     } else if (job.row_ce) {
       job.row_ce[row] = 0;
     }
@@ -196,14 +195,36 @@ struct Rows {
     if (job.kl) job.kl[cluster.rows[i] * K + job.order[k]] = kl;
   }
 
+  // The gradient at the label, before write_gradient changes anything
+  template <Source kSource>
+  double label_entry(int64_t i, const RowEntropy& e, T soft) const {
+    const int64_t label = cluster.label;
+    double value = double(G[i * Cp + label]), ce = 0;
+    T ex = T(1);
+    for (int k = 0; k < K; ++k) {
+      const T* const from = place_of<kSource>(i, k) + label;
+      if constexpr (kSource == Source::chain) {
+        for (int step = k == 0 ? job.power0 : 1; step > 0; --step) ex *= *from;
+      } else {
+        ex = kSource == Source::stored ? *from : exp_nonpositive(splat(a[k] * *from))[0];
+      }
+      value -= double(q[i * K + k]) * double(ex);
+      if (k == job.ce_index) ce = double(ex);
+    }
+    if (!job.has_ce) return value;
+    if (own_ce()) ce = double(exp_nonpositive(splat(X[i * Cp + label]))[0]);
+    return value + (double(soft) * ce - e.one_hot - e.smooth * class_weight(job, label));
+  }
+
   // G - sum_k q_k E^(p + k), and the cross entropy's gradient
   template <Source kSource>
   void write_gradient(int64_t i) {
     const int64_t row = cluster.rows[i];
     const RowEntropy e = row_entropy(job, row, cluster.label);
     T* const g = G + i * Cp;
-    subtract_target(job, e, cluster.label, g);
     const T soft = job.has_ce ? T(e.probability) * r_ce[i] : T(0);
+    const double at_label = label_entry<kSource>(i, e, soft);
+    subtract_smooth(job, e, g);
     if (job.has_ce && job.ce_index >= 0) q[i * K + job.ce_index] -= soft;
     const bool add_ce = own_ce();
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
@@ -235,6 +256,7 @@ struct Rows {
       else
         for (int64_t j = 0; j < Cp; j += W) store(g + j, value(j));
     });
+    write_entry<T>(job, row, cluster.label, at_label);
   }
 };
 
