@@ -21,6 +21,11 @@ from .reference import reference_loss
 Numbers = tuple[float, float, float, int, int]
 
 
+def needs_reference() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is going on."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def differentiable_loss(
     backend: Backend | None,
     logits: Tensor,
@@ -32,7 +37,7 @@ def differentiable_loss(
     numbers: Numbers,
 ) -> Tensor:
     """The value of `torch.ops.cmim_kernels.loss`, differentiable in the logits; None is the reference."""
-    if backend is None or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if backend is None:
         return reference_loss(logits, target, a, w, class_weight, centroids, *numbers)
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return backend.loss(logits, target, a, w, class_weight, centroids, *numbers, False)[0]

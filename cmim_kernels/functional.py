@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 
 from . import reference
 from .autograd import Numbers as LossNumbers
-from .autograd import differentiable_loss
+from .autograd import differentiable_loss, needs_reference
 from .backends import Backend
 from .dispatch import pick
 from .distributed import gather_batch
@@ -167,7 +167,7 @@ def class_centroids(
     a = spectrum.inverse_temperatures
     chosen = pick(backend, logits, len(a))
     if chosen is None:
-        _check_labels(target, logits, ignore_index)
+        logits, target = _valid_labels(logits, target, ignore_index)
         return reference.class_centroids(logits, target, a, ignore_index)
     try:
         return chosen.class_centroids(logits, target, a, ignore_index)
@@ -185,8 +185,9 @@ def _evaluate(
     centroids: Tensor | None,
     numbers: LossNumbers,
 ) -> Tensor:
-    if backend is None:
-        _check_labels(target, logits, ignore_index=numbers[3])
+    if backend is None or needs_reference():
+        backend = None
+        logits, target = _valid_labels(logits, target, ignore_index=numbers[3])
     try:
         return differentiable_loss(backend, logits, target, a, w, class_weight, centroids, numbers)
     except RuntimeError as error:
@@ -233,17 +234,22 @@ def _bad_batch(logits: Any, target: Any) -> Exception:
     return ValueError(f"target must be on the device of logits, {logits.device}, got {target.device}")
 
 
-def _check_labels(target: Tensor, logits: Tensor, ignore_index: int) -> None:
-    """For the reference only: the native CPU kernel checks while it groups the rows. Waits for the device."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return  # no value may be read there; the reference makes such a loss NaN
+def _valid_labels(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """For the reference: a batch whose labels can be read through.
+
+    Raises for a label out of range where values may be read without waiting for a device. Elsewhere its row
+    becomes NaN, and with it the loss, as in the kernels.
+    """
     valid = ((target >= 0) & (target < logits.shape[1])) | (target == ignore_index)
+    if not target.is_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return logits.masked_fill(~valid[:, None], torch.nan), target.masked_fill(~valid, 0)
     if not valid.all():
         row = int(valid.logical_not().nonzero()[0])
         raise ValueError(
             f"target: expected labels in [0, {logits.shape[1]}) or ignore_index = {ignore_index}, "
             f"got {int(target[row])} at row {row}"
         )
+    return logits, target
 
 
 def as_spectrum(temperatures: TemperatureSpectrum | Numbers, weights: Numbers | None) -> TemperatureSpectrum:
@@ -315,26 +321,33 @@ def _check_constant(name: str, value: Tensor, logits: Tensor, shape: tuple[int, 
         raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {value.device}")
     if value.requires_grad:
         raise ValueError(f"{name} must not require grad: it is held fixed; pass {name}.detach()")
-    if value.is_cpu and not torch.compiler.is_compiling() and not _seen_valid(value):
+    if value.is_cpu and not torch.compiler.is_compiling() and not _known_valid(value):
         low, high = torch.aminmax(value)
         if not (low >= 0 and high < math.inf):  # false for NaN
             raise ValueError(f"{name} must be finite and non-negative, got values in [{low}, {high}]")
+        _remember_valid(value)
 
 
-# Tensors whose values were found valid, by id: so that one that lives over many calls is read once per value.
+# The version and address of tensors found valid, by id: one that lives over many calls is read once per
+# value.
 _valid: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
 
 
-def _seen_valid(value: Tensor) -> bool:
-    """Whether this tensor was asked about before, with the same contents; if not, remembers it."""
-    if value.is_inference():  # has no version counter
-        return False
+def _known_valid(value: Tensor) -> bool:
+    known = _valid.get(id(value))
+    return (
+        known is not None
+        and known[0]() is value
+        and not value.is_inference()
+        and known[1:] == (value._version, value.data_ptr())
+    )
+
+
+def _remember_valid(value: Tensor) -> None:
+    if value.is_inference():  # it has no version, so that a change would go unseen
+        return
     key = id(value)
-    known = _valid.get(key)
-    if known is not None and known[0]() is value and known[1:] == (value._version, value.data_ptr()):
-        return True
     _valid[key] = (weakref.ref(value, lambda _: _valid.pop(key, None)), value._version, value.data_ptr())
-    return False
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:

@@ -73,7 +73,7 @@ def divergences(
         log_p = torch.log_softmax(a * z, dim=-1)  # (K, N, C)
         q = centroids[:, torch.where(kept, target, 0)]  # (K, N, C)
         p, log_ratio = log_p.exp(), log_p - q.log()
-    return torch.where(kept, _generalised_kl(p, q, log_ratio), 0.0)
+    return _generalised_kl(p, q, log_ratio).masked_fill(~kept, 0)
 
 
 def class_centroids(
@@ -93,7 +93,7 @@ def class_centroids(
 def _compute_rows(logits: Tensor, kept: Tensor) -> Tensor:
     """Logits in the arithmetic dtype; 0 in ignored rows, which neither value nor gradient may see."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.where(kept[:, None], logits.to(dtype), 0.0)
+    return logits.to(dtype).masked_fill(~kept[:, None], 0)
 
 
 def _batch_ratios(z: Tensor, label: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,8 +120,8 @@ def _batch_ratios(z: Tensor, label: Tensor, a: Tensor) -> tuple[Tensor, Tensor, 
         log_q = _cluster_log_mean_exp(a * fixed - log_norm, cluster)
         column_shift = (log_q - log_centre).round().masked_fill(dead, 0)  # (K, N, C)
         pbar = torch.softmax(log_centre + column_shift, dim=-1)  # (K, N, C)
-    offset = torch.where(dead, 0.0, z) - mean  # (N, C), exact for rows close to their centre
-    rho = torch.where(dead, 0.0, a * offset - (column_shift + row_shift))  # (K, N, C)
+    offset = z.masked_fill(dead, 0) - mean  # (N, C), exact for rows close to their centre
+    rho = (a * offset - (column_shift + row_shift)).masked_fill(dead, 0)  # (K, N, C)
     for _ in range(2):  # log P - b; the second round takes away what the first one's sum was rounded by
         rho = rho - torch.log1p((pbar * torch.expm1(rho)).sum(-1, keepdim=True))
     mean_growth = _cluster_sum(torch.expm1(rho), cluster) / _cluster_sum(torch.ones_like(z[:, :1]), cluster)
@@ -137,9 +137,9 @@ def _generalised_kl(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
     when the leading parts of the three terms cancel. Where P = 0 the term is Q, with gradient 0 to P's logit.
     """
     some = p > 0
-    r = torch.where(some, log_ratio, 0.0)
+    r = log_ratio.masked_fill(~some, 0)
     near = some & (r.abs() < 0.25)
-    s = torch.where(near, r, 0.0)
+    s = r.masked_fill(~near, 0)
     series = torch.zeros_like(s)
     for m in range(16, 1, -1):  # Horner; the next term is below 1e-16 of the sum
         series = (series + (m - 1) / factorial(m)) * s
