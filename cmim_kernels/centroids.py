@@ -121,7 +121,7 @@ class CentroidBank(nn.Module):
         Raises:
             ValueError: the batch has another number of classes or the loss other temperatures than the bank.
         """
-        if logits.dim() == 2 and logits.shape[1] != self.num_classes:
+        if isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"logits have {logits.shape[1]} classes, the centroid bank has {self.num_classes}"
             )
@@ -143,7 +143,8 @@ class CentroidBank(nn.Module):
             usable = (counts > 0).unsqueeze(1)
             own = torch.where(usable, batch, 1 / self.num_classes)
             result = torch.where((self.counts > 0).unsqueeze(1), self.centroids, own)
-        return result.to(torch.float64 if logits.dtype is torch.float64 else torch.float32)
+        wide = isinstance(logits, Tensor) and logits.dtype is torch.float64
+        return result.to(torch.float64 if wide else torch.float32)
 
     @torch.no_grad()
     def end_epoch(self) -> None:
