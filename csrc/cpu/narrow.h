@@ -69,17 +69,21 @@ struct Narrow : Rows<float> {
     return C < W || a[K - 1] * (max_lanes<float>(hi) + max_lanes<float>(-lo)) <= 2 * kNarrow;
   }
 
-  // zbar, -inf where a class is masked throughout
+  // zbar, -inf where a class is masked throughout; z itself, to the bit, where all rows agree
   void mean_logits(int64_t tile) {
     const float scale = 1.0f / float(n);
     for (int64_t j = tile * cols; j < Cp && j < (tile + 1) * cols; j += W) {
+      const V first = load<V>(X + j);
       V total{};
       for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
         V part{};
-        for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) part += load<V>(X + i * Cp + j);
+        for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
+          const V z = load<V>(X + i * Cp + j);
+          part += z == first ? V{} : z - first;
+        }
         total += part;
       }
-      store(center + j, total * scale);
+      store(center + j, first + total * scale);
     }
   }
 

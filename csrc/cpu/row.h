@@ -167,7 +167,7 @@ inline char* reserve(Workspace& ws, int64_t bytes) {
   return reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(ws.data), 64));
 }
 
-constexpr int kFlushVectors = 1024;  // sums in lanes of T go over to double this often, whatever C
+constexpr int kFlushVectors = 256;  // sums in lanes of T go over to double this often, whatever C
 
 // A row that only the cross entropy sees: a cluster of one, or no CMI at all.
 template <class T>

@@ -16,7 +16,7 @@ constexpr int kTileVectors = 16;  // columns of a tile, fewer where many rows sh
 constexpr int64_t kTileBytes = 24 << 10;
 constexpr int kSumBlock =
     32;  // rows summed before their sum joins the centroid's: rounding does not build up
-constexpr int kFlushTiles = 64;  // sums in lanes of T go over to double this often, whatever C
+constexpr int kFlushTiles = 32;  // sums in lanes of T go over to double this often, whatever C
 constexpr int64_t kStoredBytes = int64_t(1) << 20;  // about a core's second-level cache
 
 template <int N>

@@ -194,11 +194,11 @@ struct Wide : Rows<T> {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       const int64_t at = i * K + k0;
-      V h[N], kl[N];
+      V h[N] = {}, kl[N] = {};  // sums of this tile, apart: fewer additions to a large sum
       T scale[N], ak[N], shift[N], soft[N];
       for (int k = 0; k < N; ++k) {
-        h[k] = h_acc[at + k], scale[k] = c[at + k], ak[k] = a[k0 + k];
-        if constexpr (kCareful) kl[k] = kl_acc[at + k], shift[k] = T(off[at + k]), soft[k] = r[at + k];
+        scale[k] = c[at + k], ak[k] = a[k0 + k];
+        if constexpr (kCareful) shift[k] = T(off[at + k]), soft[k] = r[at + k];
       }
       const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
       const T *const x = X + i * Cp, *const from = this->template place_of<kSource>(i, k0);
@@ -231,8 +231,8 @@ struct Wide : Rows<T> {
         store(g_to + j, g);
       }
       for (int k = 0; k < N; ++k) {
-        h_acc[at + k] = h[k];
-        if constexpr (kCareful) kl_acc[at + k] = kl[k];
+        h_acc[at + k] += h[k];
+        if constexpr (kCareful) kl_acc[at + k] += kl[k];
       }
     });
     if (tile % kFlushTiles == kFlushTiles - 1 || tile == tiles - 1) flush(i);
