@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.contenders import CONTENDERS, why_not
 from benchmarks.environment import environment
 
 
@@ -15,6 +17,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--full", action="store_true", help="the curves, the training step and the slow contenders, too"
     )
     group.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where to run (default cpu)")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    device = config.getoption("--device")
+    reasons = {name: why_not(name, device) for name in CONTENDERS}
+    return [f"not timed: {name}: {reason}" for name, reason in reasons.items() if reason is not None]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path.name == "test_curves.py" and not config.getoption("--full") else None
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
-"""Who is timed: each contender is a loss of (logits (N, C), target (N,)), or the reason why it cannot run."""
+"""Who is timed: each contender is a loss of (logits (N, C), target (N,))."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -17,20 +17,11 @@ from cmim_kernels import available_backends, fused_cmi_loss
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
-class UnusableError(Exception):
-    """Why a contender does not run here."""
-
-
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
 def fused(backend: str, case: Case, device: str) -> LossFunction:
-    reason = available_backends()[backend]
-    if reason is not None:
-        raise UnusableError(reason)
-    if backend != "reference" and (backend == "cpu") != (device == "cpu"):
-        raise UnusableError(f"the backend {backend} does not serve {device} tensors")
     return partial(fused_cmi_loss, temperatures=case.spectrum, cmi_weight=CMI_WEIGHT, backend=backend)
 
 
@@ -53,10 +44,6 @@ def compiled(make: Callable[[Case, str], LossFunction], case: Case, device: str)
 
 def liger_cross_entropy(case: Case, device: str) -> LossFunction:
     """Liger-Kernel's cross entropy alone, without CMI. It overwrites its logits with their gradient."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise UnusableError("liger-kernel is not installed")
-    if device == "cpu":
-        raise UnusableError("Liger-Kernel's cross entropy is a Triton kernel for GPUs")
     from liger_kernel.transformers.functional import liger_cross_entropy as loss
 
     return loss
@@ -75,6 +62,24 @@ OTHERS: dict[str, Callable[[Case, str], LossFunction]] = {
     "Liger cross entropy": liger_cross_entropy,
 }
 CONTENDERS = FUSED | OTHERS
+
+
+def why_not(name: str, device: str) -> str | None:
+    """Why a contender cannot be timed on this device; None if it can."""
+    if name in FUSED:
+        backend = name.removeprefix("fused[").removesuffix("]")
+        if (backend == "cpu") != (device == "cpu"):
+            return f"does not serve {device} tensors"
+        return available_backends()[backend]
+    if name == "Liger cross entropy":
+        if device == "cpu":
+            return "is a Triton kernel for GPUs"
+        return None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
+    return None
+
+
+def usable(names: Iterable[str], device: str) -> list[str]:
+    return [name for name in names if why_not(name, device) is None]
 
 
 def checked(name: str, case: Case, device: str) -> LossFunction:

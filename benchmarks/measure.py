@@ -77,7 +77,7 @@ def synchronizer(device: str) -> Callable[[], object]:
 def measure(
     benchmark: Any,
     name: str,
-    make: Callable[[Case, str], LossFunction],
+    loss: LossFunction,
     case: Case,
     phase: str,
     *,
@@ -88,7 +88,6 @@ def measure(
     memory: bool = False,
 ) -> None:
     """`kind` tells report.py which table or curve the result belongs to."""
-    loss = make(case, device)
     synchronize = synchronizer(device)
     ours = timed_phase(loss, *case.data(device), phase)
     baseline = timed_phase(cross_entropy, *case.data(device), phase)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.contenders import FUSED, LossFunction, UnusableError, cross_entropy
+from benchmarks.contenders import FUSED, LossFunction, cross_entropy, usable
 from benchmarks.environment import environment
 from benchmarks.measure import measure, synchronizer
 from benchmarks.paired import Timed, paired
@@ -26,28 +26,18 @@ def size_case(log_size: int) -> Case:
     return Case(n, CLASSES, min(CLASSES, max(1, n // 8)))
 
 
-@pytest.fixture(autouse=True)
-def _only_when_full(request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--full"):
-        pytest.skip("runs with --full")
-
-
-def make(name: str, case: Case, device: str) -> LossFunction:
-    try:
-        return FUSED[name](case, device)
-    except UnusableError as reason:
-        pytest.skip(str(reason))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize("name", usable(FUSED, metafunc.config.getoption("--device")))
 
 
 @pytest.mark.parametrize("grid", ["uniform", "general"])
 @pytest.mark.parametrize("k", TEMPERATURES)
-@pytest.mark.parametrize("name", FUSED)
 def test_time_against_temperatures(benchmark: Any, name: str, k: int, grid: str, device: str) -> None:
     case = Case(256, 1000, 32, k=k, grid=grid)
     measure(
         benchmark,
         name,
-        lambda case, device: make(name, case, device),
+        FUSED[name](case, device),
         case,
         "both",
         kind="temperatures",
@@ -57,14 +47,13 @@ def test_time_against_temperatures(benchmark: Any, name: str, k: int, grid: str,
 
 
 @pytest.mark.parametrize("log_size", LOG_SIZES)
-@pytest.mark.parametrize("name", FUSED)
 def test_time_against_size(benchmark: Any, name: str, log_size: int, device: str) -> None:
     """The roofline is measured at each size: a copy of the logits moves the bytes that no loss can avoid."""
     case = size_case(log_size)
     measure(
         benchmark,
         name,
-        lambda case, device: make(name, case, device),
+        FUSED[name](case, device),
         case,
         "both",
         kind="size",
@@ -82,11 +71,10 @@ def test_time_against_size(benchmark: Any, name: str, log_size: int, device: str
     benchmark.extra_info["copy_seconds"] = copying.seconds_p50
 
 
-@pytest.mark.parametrize("name", FUSED)
 def test_training_step(benchmark: Any, name: str, device: str) -> None:
     """ResNet-18 on 32x32 images, 100 classes: one model takes steps with either loss in turn."""
     case = Case(128, 100, 100)
-    loss = make(name, case, device)
+    loss = FUSED[name](case, device)
     torch.manual_seed(0)
     model = ResNet18(case.c).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cases import HOST, MAIN, VARIED, Case
-from benchmarks.contenders import CONTENDERS, FUSED, LossFunction, UnusableError
+from benchmarks.contenders import CONTENDERS, FUSED, LossFunction, usable
 from benchmarks.measure import PHASES, check, measure
 
 COMPILED_CASES = (MAIN[0], MAIN[2])  # compilation alone takes a while
@@ -17,10 +17,11 @@ COMPILED_CASES = (MAIN[0], MAIN[2])  # compilation alone takes a while
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The innermost parameter is the phase, so that a contender is made and checked once for all three."""
     full = metafunc.config.getoption("--full")
+    names = usable(CONTENDERS, metafunc.config.getoption("--device"))
     wanted = [
         pytest.param(name, case, phase, id=f"{name}-{case.name}-{phase}")
         for case in [*MAIN, *HOST, *VARIED]
-        for name in CONTENDERS
+        for name in names
         if is_worth_it(name, case, full)
         for phase in PHASES
     ]
@@ -42,27 +43,20 @@ def is_worth_it(name: str, case: Case, full: bool) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def checked_contender(name: str, case: Case, device: str) -> LossFunction | UnusableError:
-    try:
-        loss = CONTENDERS[name](case, device)
-        check(name, case, device)
-    except UnusableError as reason:
-        return reason
-    return loss
+def checked_contender(name: str, case: Case, device: str) -> LossFunction:
+    check(name, case, device)
+    return CONTENDERS[name](case, device)
 
 
 def test_loss(
     benchmark: Any, name: str, case: Case, phase: str, device: str, request: pytest.FixtureRequest
 ) -> None:
-    loss = checked_contender(name, case, device)
-    if isinstance(loss, UnusableError):
-        pytest.skip(str(loss))
     kind = "shape" if case in MAIN else "host" if case in HOST else "variation"
     slow = name not in FUSED
     measure(
         benchmark,
         name,
-        lambda case, device: loss,
+        checked_contender(name, case, device),
         case,
         phase,
         kind=kind,
