@@ -179,12 +179,11 @@ def load_audit_data(path: str | Path) -> AuditData:
     entries = _read(path)
     fields: dict[str, Any] = {}
     for key, value in entries.items():
-        field, _, teacher = key.partition(".")
-        field = "teachers" if key == "teacher_logits" else field
-        if teacher and field in ("teachers", "extra_logits"):
-            fields.setdefault(field, {})[teacher] = value
-        elif not teacher and field in (*_TENSORS, "teachers", "extra_inputs", "extra_logits"):
-            fields[field] = value
+        field, _, teacher = {"teacher_logits": "teachers"}.get(key, key).partition(".")
+        if field in ("teachers", "extra_logits"):
+            fields.setdefault(field, {})[teacher or "teacher"] = value
+        elif key in (*_TENSORS, "extra_inputs"):
+            fields[key] = value
         else:
             raise ValueError(f"{path} holds {key!r}, which no audit reads")
     missing = [name for name in (*_TENSORS, "teachers") if name not in fields]
@@ -194,6 +193,9 @@ def load_audit_data(path: str | Path) -> AuditData:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    # Both formats are zip archives; what torch.load raises for anything else has no end.
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is neither a .npz archive nor a .pt file")
     try:
         if path.suffix == ".npz":
             import numpy as np
@@ -201,8 +203,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             with np.load(path, allow_pickle=False) as file:
                 return {key: torch.from_numpy(file[key]) for key in file.files}
         entries = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is neither a .npz archive nor a .pt file of tensors: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(entries, dict) or not all(isinstance(value, Tensor) for value in entries.values()):
         raise ValueError(f"{path} must hold a dictionary of tensors")
     return entries

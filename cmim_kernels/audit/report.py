@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .data import LABELS_ONLY
-from .stats import Difference, paired_difference
+from .stats import Difference, holm, paired_difference
 
 VERSION = 1
+FAMILY_LEVEL = 0.025  # one-sided, as the upper half of a 95 % interval is
 _FIXED = ("version", "fingerprint", "teachers", "seeds", "label_smoothing", "settings")
 
 
@@ -52,12 +53,12 @@ class AuditReport:
         """The LS student's accuracies."""
         return self.baselines[f"{self.label_smoothing:g}"]
 
-    def difference(self, teacher: str, attack: str, over_labels: bool = False) -> Difference:
-        """Knockoff students of a teacher (or of `LABELS_ONLY`) minus LS students, paired by seed, as shares
-        of the test set; with `over_labels`, minus the students of the same attack from labels only.
+    def difference(self, teacher: str, attack: str, against: str | None = None) -> Difference:
+        """A teacher's students (or those of `LABELS_ONLY`) minus the LS students, paired by seed, as shares
+        of the test set; or minus another teacher's students under the same attack.
         """
-        against = self.results[attack][LABELS_ONLY] if over_labels else self.baseline
-        return paired_difference(self.results[attack][teacher], against)
+        other = self.baseline if against is None else self.results[attack][against]
+        return paired_difference(self.results[attack][teacher], other)
 
     def best_smoothing(self) -> tuple[str, Difference]:
         """The label smoothing with the best mean accuracy (chosen on the test data, so in its favour) against
@@ -80,15 +81,16 @@ class AuditReport:
         """The deciding attacks that beat the LS student: the whole interval lies above zero."""
         return [name for name in self.deciding() if self.difference(teacher, name).low > 0]
 
-    def taught_by(self, teacher: str) -> list[str]:
-        """Those of them that beat the same attack from labels only, too (or have no such control): the gain
-        is the teacher's and not the loss's.
+    def certainly_beaten_by(self, teacher: str) -> list[str]:
+        """Those that still do when so many attacks were tried (Holm's correction), and that beat the same
+        attack from labels only as well, where it has that control: the gain is the teacher's and not the
+        loss's.
         """
+        p = {name: self.difference(teacher, name).p for name in self.deciding()}
         return [
             name
-            for name in self.beaten_by(teacher)
-            if LABELS_ONLY not in self.results[name]
-            or self.difference(teacher, name, over_labels=True).low > 0
+            for name in holm(p, FAMILY_LEVEL)
+            if LABELS_ONLY not in self.results[name] or self.difference(teacher, name, LABELS_ONLY).low > 0
         ]
 
     def verdict(self, teacher: str) -> str:
@@ -96,15 +98,19 @@ class AuditReport:
         worst = self.worst(teacher)
         if worst is None or len(self.seeds) < 2:
             return "undecided: needs at least one attack and two seeds"
-        tried, beaten, taught = len(self.deciding()), self.beaten_by(teacher), self.taught_by(teacher)
+        tried, beaten = len(self.deciding()), self.beaten_by(teacher)
+        certain = len(self.certainly_beaten_by(teacher))
         d = self.difference(teacher, worst)
         at_worst = f"worst: {worst}, {100 * d.mean:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-        if taught:
-            return f"distillable: {len(beaten)} of {tried} attacks beat the LS student ({at_worst})"
+        if certain:
+            return (
+                f"distillable: {len(beaten)} of {tried} attacks beat the LS student, {certain} for certain "
+                f"({at_worst})"
+            )
         if beaten:
             return (
-                f"no sign that it can be distilled, but {len(beaten)} of {tried} attacks beat the LS student "
-                f"({at_worst}), as much as the same losses do from labels only: {', '.join(beaten)}"
+                f"not shown to be distillable: {len(beaten)} of {tried} attacks beat the LS student, none "
+                f"for certain ({at_worst})"
             )
         return f"undistillable by these {tried} attacks: none beats the LS student ({at_worst})"
 

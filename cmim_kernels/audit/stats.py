@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Difference:
     """Mean of n paired differences, its standard error and the two-sided interval around it, in the inputs'
-    units.
+    units; and the probability of a mean this high or higher where there is no difference.
     """
 
     n: int
@@ -18,6 +18,7 @@ class Difference:
     standard_error: float
     low: float
     high: float
+    p: float
 
 
 def t_cdf(t: float, df: int) -> float:
@@ -58,10 +59,21 @@ def paired_difference(
     pairs = [a - b for a, b in zip(values, baseline, strict=True) if not (math.isnan(a) or math.isnan(b))]
     n = len(pairs)
     if n == 0:
-        return Difference(0, math.nan, math.nan, math.nan, math.nan)
+        return Difference(0, math.nan, math.nan, math.nan, math.nan, 1.0)
     mean = math.fsum(pairs) / n
     if n == 1:
-        return Difference(1, mean, math.inf, -math.inf, math.inf)
+        return Difference(1, mean, math.inf, -math.inf, math.inf, 1.0)
     error = math.sqrt(math.fsum((pair - mean) ** 2 for pair in pairs) / (n - 1) / n)
     half = t_quantile(0.5 + confidence / 2, n - 1) * error
-    return Difference(n, mean, error, mean - half, mean + half)
+    p = 1 - t_cdf(mean / error, n - 1) if error > 0 else float(mean <= 0)
+    return Difference(n, mean, error, mean - half, mean + half, p)
+
+
+def holm(p: Mapping[str, float], level: float) -> list[str]:
+    """The hypotheses that Holm's procedure rejects at this family-wise level, most certain first."""
+    rejected = []
+    for rank, name in enumerate(sorted(p, key=p.__getitem__)):
+        if p[name] > level / (len(p) - rank):
+            break
+        rejected.append(name)
+    return rejected
