@@ -12,7 +12,7 @@ from typing import Any
 SAMPLE_SECONDS = 2e-4  # shorter calls are repeated within a sample: the clock and its call must not show
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Timed:
     """What to time: `run` on what `prepare` returned; only `run` is on the clock."""
 
@@ -32,7 +32,6 @@ class Paired:
     seconds_p80: float
     baseline_seconds_p50: float
     pairs: int
-    calls_per_sample: int
 
 
 def paired(
@@ -58,25 +57,27 @@ def paired(
         synchronize()
         return (time.perf_counter() - start) / calls
 
-    warm = [min(sample(timed, 1) for _ in range(3)) for timed in (ours, baseline)]
-    calls = max(1, round(SAMPLE_SECONDS / max(min(warm), 1e-9)))
-    pairs = int(budget_seconds / (calls * sum(warm)))
-    pairs = min(max(pairs, min_pairs), max_pairs)
-    our_times, baseline_times = [], []
+    def calls_per_sample(timed: Timed) -> int:
+        warm = min(sample(timed, 1) for _ in range(3))
+        return max(1, round(SAMPLE_SECONDS / max(warm, 1e-9)))
+
+    calls = {timed: calls_per_sample(timed) for timed in (ours, baseline)}
+    times: dict[Timed, list[float]] = {ours: [], baseline: []}
+    end = time.perf_counter() + budget_seconds
     was_collecting = gc.isenabled()
     gc.disable()
     try:
-        for i in range(pairs):
-            if i % 2:
-                our_times.append(sample(ours, calls))
-            baseline_times.append(sample(baseline, calls))
-            if not i % 2:
-                our_times.append(sample(ours, calls))
+        for i in range(max_pairs):
+            if i >= min_pairs and time.perf_counter() > end:
+                break
+            for timed in (ours, baseline) if i % 2 else (baseline, ours):
+                times[timed].append(sample(timed, calls[timed]))
     finally:
         if was_collecting:
             gc.enable()
-    ratio = quantiles([a / b for a, b in zip(our_times, baseline_times, strict=True)])
-    return Paired(*ratio, *quantiles(our_times), statistics.median(baseline_times), pairs, calls)
+    ratio = quantiles([a / b for a, b in zip(times[ours], times[baseline], strict=True)])
+    pairs = len(times[ours])
+    return Paired(*ratio, *quantiles(times[ours]), statistics.median(times[baseline]), pairs)
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
