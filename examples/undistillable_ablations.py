@@ -1,0 +1,86 @@
+"""What the CMIM teachers of undistillable_digits.py owe to each setting: weight, grid, samples per class,
+centroids.
+
+One setting is changed at a time. For every variant: the teacher's test accuracy, the largest CMI over all
+temperatures on its training and test images, and what the attacks gain over the LS student.
+docs/undistillability.md has the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import digits_common as common
+import undistillable_digits as digits
+from undistillable_digits import Recipe
+
+from cmim_kernels import TemperatureSpectrum
+from cmim_kernels.audit import audit
+from cmim_kernels.audit.render import cell
+
+WEIGHT = common.CMI_WEIGHT
+VARIANTS = {
+    "CMIM as it is": Recipe(cmi_weight=WEIGHT),
+    "weight 1": Recipe(cmi_weight=1.0),
+    "weight 10": Recipe(cmi_weight=10.0),
+    "weight 100": Recipe(cmi_weight=100.0),
+    "weight 10000": Recipe(cmi_weight=10_000.0),
+    "T = 1 alone": Recipe(cmi_weight=WEIGHT, spectrum=TemperatureSpectrum([1.0])),
+    "T = 4 alone": Recipe(cmi_weight=WEIGHT, spectrum=TemperatureSpectrum([4.0])),
+    "uniform(1, 4)": Recipe(cmi_weight=WEIGHT, spectrum=TemperatureSpectrum.uniform(1.0, 4)),
+    "uniform(1, 16)": Recipe(cmi_weight=WEIGHT, spectrum=TemperatureSpectrum.uniform(1.0, 16)),
+    "uniform(4, 8)": Recipe(cmi_weight=WEIGHT, spectrum=TemperatureSpectrum.uniform(4.0, 8)),
+    "gauss_legendre(1, 4)": Recipe(cmi_weight=WEIGHT, spectrum=TemperatureSpectrum.gauss_legendre(1.0, 4)),
+    "2 of each class": Recipe(cmi_weight=WEIGHT, per_class=2),
+    "4 of each class": Recipe(cmi_weight=WEIGHT, per_class=4),
+    "8 of each class": Recipe(cmi_weight=WEIGHT, per_class=8),
+    "32 of each class": Recipe(cmi_weight=WEIGHT, per_class=32),
+    "bank, decay 0.5": Recipe(cmi_weight=WEIGHT, bank="ema", decay=0.5),
+    "bank, decay 0.9": Recipe(cmi_weight=WEIGHT, bank="ema", decay=0.9),
+    "bank, decay 0.99": Recipe(cmi_weight=WEIGHT, bank="ema", decay=0.99),
+    "bank, previous epoch": Recipe(cmi_weight=WEIGHT, bank="epoch"),
+    "2 of each class, bank 0.9": Recipe(cmi_weight=WEIGHT, per_class=2, bank="ema", decay=0.9),
+}
+ATTACKS = ("kd-t4", "kd-t10", "dkd-b1", "ttm-g10", "lskd")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=600, help="training steps of a teacher")
+    parser.add_argument("--out", type=Path, default=Path("out/ablations"))
+    options = parser.parse_args()
+
+    teachers = digits.train_teachers(VARIANTS, options.splits, options.steps)
+    report = audit(
+        digits.attacker_data(teachers),
+        digits.STUDENT,
+        attacks=ATTACKS,
+        seeds=options.splits,
+        training=digits.STUDENT_TRAINING,
+        out=options.out,
+        fresh=True,
+    )
+    lines = [
+        "| teacher | test accuracy, % | largest CMI, training | test | " + " | ".join(ATTACKS) + " |",
+        "|---" * (4 + len(ATTACKS)) + "|",
+    ]
+    for name, models in teachers.items():
+        curves = digits.curves(models)
+        accuracy = 100 * statistics.fmean(curves.accuracies)
+        gains = " | ".join(cell(report.difference(name, attack)) for attack in ATTACKS)
+        lines.append(
+            f"| {name} | {accuracy:.1f} | {curves.train.max():.1e} | {curves.test.max():.1e} | {gains} |"
+        )
+    text = "\n".join(lines)
+    (options.out / "ablations.md").write_text(text + "\n")
+    print("\n" + digits.aligned(text))
+    print(f"\nreport: {options.out.resolve() / 'ablations.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The example that audits teachers on the digits runs as it stands, and its pieces do what they say."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def digits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module("undistillable_digits")
+
+
+def test_prints_a_report_and_plots(tmp_path: Path) -> None:
+    few = ["--splits=2", "--steps=3", "--student-steps=3", "--attacks", "kd-t4", "mixkd", "extra-soft"]
+    result = subprocess.run(
+        [sys.executable, "examples/undistillable_digits.py", *few, f"--out={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    for piece in (
+        "largest CMI",
+        "Label leakage",
+        "labels only",
+        "What this does not show",
+        "undistillable.png",
+    ):
+        assert piece in result.stdout
+    assert "6/6" in result.stderr  # teachers, behind a progress bar
+    assert (tmp_path / "undistillable.png").read_bytes().startswith(b"\x89PNG")
+    assert "**CMIM**:" in (tmp_path / "undistillable.md").read_text()
+
+
+def test_the_attackers_share(digits: ModuleType) -> None:
+    models = [digits.common.new_model(seed) for seed in range(2)]
+    data = digits.attacker_data({"a": models})
+    assert data.inputs.shape == (2, 100, 1, 8, 8)
+    for labels in data.labels:
+        assert torch.bincount(labels).tolist() == [10] * 10
+    assert data.extra_inputs.shape == (2, 300, 1, 8, 8)
+    split = digits.common.load_digits(1)
+    train = {image.numpy().tobytes() for image in split.train_images}
+    assert all(image.numpy().tobytes() in train for image in data.inputs[1])
+    own = {image.numpy().tobytes() for image in data.inputs[1]}
+    assert not any(image.numpy().tobytes() in own for image in data.extra_inputs[1])
+    with torch.no_grad():
+        torch.testing.assert_close(data.teachers["a"][1], models[1](data.inputs[1]))
+        torch.testing.assert_close(data.queries["a"](data.inputs)[1], models[1](data.inputs[1]))
+    assert digits.attacker_data({"a": models}, labelled=800).extra_inputs is None
+
+
+def test_cmim_lowers_the_spread(digits: ModuleType) -> None:
+    data = digits.common.load_digits(0)
+    peaks = [digits.curves([digits.RECIPES[name].train(data, 0, 60)]).train.max() for name in ("CE", "CMIM")]
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_every_ablation_trains(digits: ModuleType) -> None:
+    data = digits.common.load_digits(0)
+    for recipe in importlib.import_module("undistillable_ablations").VARIANTS.values():
+        model = recipe.train(data, 0, 2)
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_tables_are_aligned_for_a_terminal(digits: ModuleType) -> None:
+    text = digits.aligned("before\n| a | bb |\n|---|---|\n| **long** | 1 |\nafter")
+    assert text.split("\n")[:5] == ["before", "a     bb", "----  --", "long  1", "after"]
+
+
+def test_refuses_nonsense(digits: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (["--splits", "0"], ["--labelled", "900"]):
+        with pytest.raises(SystemExit):
+            digits.main(options)
+    assert "--labelled must lie in [10, 800]" in capsys.readouterr().err
