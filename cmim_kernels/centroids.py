@@ -35,8 +35,8 @@ class CentroidBank(nn.Module):
     class (mixed precision skips such steps); the loss of the batch is NaN all the same.
 
     Memory: K C^2 floats, 32 MB for C = 1000 and K = 8 in float32, twice that in mode `epoch`; an update holds
-    as much again for a moment. Where that is too much, take balanced batches (`ClassBalancedBatchSampler`)
-    and no bank.
+    twice as much again for a moment. Where that is too much, take balanced batches
+    (`ClassBalancedBatchSampler`) and no bank.
 
     Args:
         num_classes: C.
@@ -138,11 +138,9 @@ class CentroidBank(nn.Module):
                 self._move(batch, counts)
             elif updating:
                 _merge(self.pending, self.pending_counts, batch, counts)
-            # Classes without a single finite row so far get the uniform distribution: their loss is NaN
-            # anyway.
-            usable = (counts > 0).unsqueeze(1)
-            own = torch.where(usable, batch, 1 / self.num_classes)
-            result = torch.where((self.counts > 0).unsqueeze(1), self.centroids, own)
+            # A class without a finite row so far gets the uniform distribution: its loss is NaN anyway.
+            batch.masked_fill_((counts == 0).unsqueeze(1), 1 / self.num_classes)
+            result = torch.where((self.counts > 0).unsqueeze(1), self.centroids, batch)
         wide = isinstance(logits, Tensor) and logits.dtype is torch.float64
         return result.to(torch.float64 if wide else torch.float32)
 
@@ -175,7 +173,7 @@ class CentroidBank(nn.Module):
         self._put_in_force(mean, counts)
 
     def _batch_centroids(self, logits: Tensor, target: Tensor, gather: bool = False) -> tuple[Tensor, Tensor]:
-        """Q (K, C, C) in the bank's dtype and counts (C,), 0 for classes whose centroid is not finite."""
+        """Q (K, C, C) in the bank's dtype and counts (C,), both 0 where the centroid is not finite."""
         batch, counts = class_centroids(
             logits,
             target,
@@ -185,12 +183,13 @@ class CentroidBank(nn.Module):
             backend=self.backend,
         )
         finite = batch.isfinite().all(2).all(0)
+        batch.masked_fill_(~finite.unsqueeze(1), 0)
         return batch.to(self.centroids.dtype), counts * finite
 
     def _move(self, batch: Tensor, counts: Tensor) -> None:
-        step = torch.where(self.counts > 0, 1 - self.decay, 1.0).to(batch).unsqueeze(1)  # (C, 1)
-        moved = torch.lerp(self.centroids, batch, step)
-        self.centroids.copy_(torch.where((counts > 0).unsqueeze(1), moved, self.centroids))
+        seen = (self.counts > 0).to(batch)
+        step = (1 - self.decay * seen) * (counts > 0)  # (C,)
+        self.centroids.lerp_(batch, step.unsqueeze(1))
         self.counts += counts
 
     def _put_in_force(self, mean: Tensor, counts: Tensor) -> None:
@@ -262,5 +261,5 @@ class CentroidBank(nn.Module):
 def _merge(mean: Tensor, total: Tensor, batch: Tensor, counts: Tensor) -> None:
     """Takes a batch's centroids (K, C, C) with their counts (C,) into a running mean, in place."""
     total += counts
-    share = (counts.to(mean) / total.clamp(min=1)).unsqueeze(1)  # (C, 1)
-    mean.copy_(torch.where((counts > 0).unsqueeze(1), torch.lerp(mean, batch, share), mean))
+    share = counts.to(mean) / total.clamp(min=1)
+    mean.lerp_(batch, share.unsqueeze(1))
