@@ -1,0 +1,140 @@
+"""log Q of one cluster in one tile of columns, in one of two forms that share everything after it.
+
+    plain     L = log Q + log S_b,     t = a x - L,     x = z - max z
+    centred   L = log (Q / P_b),       t = a d - L,     d = (z - z_b) - (max z - max z_b)
+
+with b the cluster's first row. In both, log(P/Q) = t - lambda, lambda = log S - log S_b. Where the rows almost
+agree, x and log Q round away what d and L of the centred form keep: there L = log1p(mean w), w = P/P_b - 1 =
+(1 + expm1(a d)) S_b/S - 1. A constant of the row in t, such as the rounding of log S, harms neither the gradient,
+which contains t - mean t, nor the divergence (forward.py), so that d may be shifted by the rows' maxima: a class
+that carries all of the probability then has d = 0 exactly, and its tiny log-ratio is not drowned.
+
+The plain form costs half as much. It is taken where the tile is wide: a^2 d^2 is not small on average, under P_b
+at the lowest and at the highest a; or where exp(a d) might overflow, as for a class masked in some rows only.
+"""
+
+import triton
+import triton.language as tl
+
+from .blocks import load_rows, per_cluster, per_row
+from .elementary import LOG2E, exponentials, growths, log1p
+
+WIDE = tl.constexpr(0.02)  # mean a^2 d^2 from which float32 resolves the plain form; measured, docs/numerics.md
+FAR = tl.constexpr(30.0)  # |a d| up to which the centred form is safe
+VANISHED = tl.constexpr(1.2e-38)  # the smallest normal number
+NOTHING = tl.constexpr(-1e3)  # L of such a Q: finite, so that the P that multiply it, which vanish too, give 0
+
+
+@triton.jit
+def below_top(z, top, floor):
+    """x (R, BC) = z - max z, not below `floor`, where every exponential vanishes: a x stays finite."""
+    x = z - top[:, None]
+    return tl.where(x < floor, floor, x)
+
+
+@triton.jit
+def from_centre(z, top, live, centre, centre_top):
+    """d (R, BC); 0 where row and centre are both -inf, and in absent rows."""
+    d = (z - centre[None, :]) - (top - centre_top)[:, None]
+    dead = (z == -float("inf")) & (centre == -float("inf"))[None, :]
+    return tl.where(dead | ~live[:, None], 0.0, d)
+
+
+@triton.jit
+def spread(Z, S, begin, end, centre, centre_top, col, low, high, floor, R: tl.constexpr, VEC: tl.constexpr):
+    """What decides the form, summed over rows begin to end: sum d^2 under P_b at a = low and high, and max |d|."""
+    squares = tl.zeros(centre.shape, tl.float32)
+    widest = tl.zeros(centre.shape, tl.float32)
+    for start in range(begin, end, R):
+        _p, live, _row, top, z = load_rows(Z, S, start, end, col, R, VEC)
+        d = from_centre(z, top, live, centre, centre_top)
+        squares += tl.sum(d * d, 0)
+        widest = tl.maximum(widest, tl.max(tl.abs(d), 0))
+    x = tl.maximum(centre - centre_top, floor)
+    mild = tl.exp2(low * LOG2E * x)
+    sharp = tl.exp2(high * LOG2E * x)
+    return tl.sum(mild * squares, 0), tl.sum(sharp * squares, 0), tl.max(widest, 0)
+
+
+@triton.jit
+def is_centred(n, mild, sharp, widest, centre, centre_top, low, high, floor):
+    """Whether a tile with the sums of `spread` over all n rows of its cluster takes the centred form."""
+    x = tl.maximum(centre - centre_top, floor)
+    mild_mass = n * tl.sum(tl.exp2(low * LOG2E * x), 0)
+    sharp_mass = n * tl.sum(tl.exp2(high * LOG2E * x), 0)
+    wide = (low * low * mild >= mild_mass * WIDE) & (high * high * sharp >= sharp_mass * WIDE)
+    return ~(wide | (high * widest > FAR))
+
+
+@triton.jit
+def sums(
+    Z,
+    S,
+    T,
+    begin,
+    end,
+    f,
+    centred,
+    centre,
+    centre_top,
+    upstream,  # (N,) gradient of every row's loss, or None
+    up_stride,
+    col,
+    KC: tl.constexpr,
+    POWERS: tl.constexpr,
+    R: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Sums over rows begin to end of P, or of w if centred: (KC, BC), 0 for absent temperatures; with an upstream
+    gradient g also the sums weighted with g - g_b, (KC, BC), and the sum of g - g_b, ()."""
+    a, base, floor = T
+    total = tl.zeros([KC, col.shape[0]], tl.float32)
+    weighted = total
+    drift = 0.0
+    inverse_b = per_cluster(S[2], S[4], f, KC)
+    sum_b = tl.where(inverse_b == 0, 1.0, 1.0 / inverse_b)
+    if upstream is not None:
+        drift = tl.zeros([R], tl.float32)
+        up_b = tl.load(upstream + tl.load(S[0] + f).to(tl.int64) * up_stride)
+    for start in range(begin, end, R):
+        p, live, row, top, z = load_rows(Z, S, start, end, col, R, VEC)
+        inverse = per_row(S[2], S[4], p, live, KC)
+        if centred:
+            d = from_centre(z, top, live, centre, centre_top)
+            ratio = tl.where(inverse == 0, 1.0, inverse * sum_b[:, None])  # S_b / S
+            grown = growths(d, a, base, KC, POWERS)
+            terms = grown * ratio[:, :, None] + (ratio - 1.0)[:, :, None]
+        else:
+            terms = exponentials(below_top(z, top, floor), a, base, KC, POWERS) * inverse[:, :, None]
+        total += tl.sum(terms, 1)
+        if upstream is not None:
+            up = tl.load(upstream + row.to(tl.int64) * up_stride, mask=live, other=0.0) - up_b
+            up = tl.where(live, up, 0.0)
+            weighted += tl.sum(terms * up[None, :, None], 1)
+            drift += up
+    if upstream is not None:
+        drift = tl.sum(drift, 0)
+    return total, weighted, drift
+
+
+@triton.jit
+def logs(total, n, S, f, centred, KC: tl.constexpr):
+    """(L (KC, BC), sum of the tile's Q (KC,), of the plain form only) from `sums` over all n rows of a cluster."""
+    mean = total / n
+    if centred:
+        out = log1p(mean)
+    else:
+        out = tl.where(mean < VANISHED, NOTHING, tl.log(mean) + per_cluster(S[3], S[4], f, KC)[:, None])
+    return out, tl.sum(mean, 1)
+
+
+@triton.jit
+def pulls(total, weighted, drift, n, centred):
+    """What a column's centroid passes on of the upstream gradients g of n rows: sum g P / sum P, (KC, BC), up to a
+    constant of the temperature, from `sums` over all of the rows. Relative to g's spread and to w where centred."""
+    if centred:
+        mean = total / n
+        out = (weighted - drift * mean) / (n * (1.0 + mean))
+    else:
+        out = tl.where(total < n * VANISHED, 0.0, weighted / total)
+    return out

@@ -1,0 +1,114 @@
+"""Functions of a block, free of inline assembly and of the device's mathematical library but for log.
+
+`exp2` is one instruction on the device, right to about two units in the last place, and flushes subnormal
+results to zero. The rest are polynomials; their errors stand beside them.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exponentials(x, a, base, KC: tl.constexpr, POWERS: tl.constexpr):
+    """exp(a_k x) for x <= 0 (R, BC) and a (KC,): (KC, R, BC). POWERS: see `plan.Temperatures`.
+
+    Powers of one exponential where the a_k allow it. A power multiplies the relative error of what it is made
+    of, so that every second digit takes an exponential of its own: no factor is worse than a square.
+    """
+    LEAD: tl.constexpr = POWERS & 255
+    BITS: tl.constexpr = (POWERS >> 8) & 255
+    MASKS: tl.constexpr = POWERS >> 16
+    if LEAD == 0:
+        out = tl.exp2((a * LOG2E)[:, None, None] * x[None, :, :])
+    else:
+        base = base * LOG2E
+        k = tl.arange(0, KC)[:, None, None]  # a constant of every register, and so are the choices below
+        out = tl.broadcast_to(tl.exp2((LEAD * base) * x)[None, :, :], [KC, x.shape[0], x.shape[1]])
+        step = tl.exp2(base * x)[None, :, :]
+        for bit in tl.static_range(BITS):
+            if bit > 0 and bit % 2 == 0:
+                step = tl.exp2(((1 << bit) * base) * x)[None, :, :]
+            elif bit > 0:
+                step = step * step
+            if MASKS == 0:
+                chosen = (k >> bit) & 1
+            else:
+                chosen = (((MASKS >> (8 * bit)) & 255) >> k) & 1
+            out = tl.where(chosen != 0, out * step, out)
+    return out
+
+
+@triton.jit
+def growths(d, a, base, KC: tl.constexpr, POWERS: tl.constexpr):
+    """expm1(a_k d) for d (R, BC) and a (KC,): (KC, R, BC), to relative accuracy.
+
+    As `exponentials`, by expm1(x + y) = expm1(x) + expm1(y) + expm1(x) expm1(y).
+    """
+    LEAD: tl.constexpr = POWERS & 255
+    BITS: tl.constexpr = (POWERS >> 8) & 255
+    MASKS: tl.constexpr = POWERS >> 16
+    if LEAD == 0:
+        out = expm1(a[:, None, None] * d[None, :, :])
+    else:
+        k = tl.arange(0, KC)[:, None, None]
+        step = expm1(base * d)[None, :, :]
+        if LEAD == 1:
+            first = step
+        else:
+            first = expm1((LEAD * base) * d)[None, :, :]
+        out = tl.broadcast_to(first, [KC, d.shape[0], d.shape[1]])
+        for bit in tl.static_range(BITS):
+            if bit > 0:
+                step = step * (2.0 + step)
+            if MASKS == 0:
+                chosen = (k >> bit) & 1
+            else:
+                chosen = (((MASKS >> (8 * bit)) & 255) >> k) & 1
+            out = tl.where(chosen != 0, out + step + out * step, out)
+    return out
+
+
+@triton.jit
+def expm1(x):
+    """Relative error 1e-7: Taylor's polynomial for |x| < 1/2."""
+    near = tl.abs(x) < 0.5
+    t = tl.where(near, x, 0.0)
+    p = t * (1 / 40320) + (1 / 5040)
+    p = p * t + (1 / 720)
+    p = p * t + (1 / 120)
+    p = p * t + (1 / 24)
+    p = p * t + (1 / 6)
+    p = p * t + 0.5
+    return tl.where(near, p * (t * t) + t, tl.exp2(x * LOG2E) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """Relative error 3e-7: 2 atanh(x / (2 + x)) for |x| < 1/4."""
+    near = tl.abs(x) < 0.25
+    t = tl.where(near, x, 0.0)
+    s = t / (2.0 + t)
+    s2 = s * s
+    p = s2 * (1 / 9) + (1 / 7)
+    p = p * s2 + (1 / 5)
+    p = p * s2 + (1 / 3)
+    return tl.where(near, 2 * s * s2 * p + 2 * s, tl.log(1.0 + x))
+
+
+@triton.jit
+def excess(r):
+    """e^-r - 1 + r, which is never negative: P times it is P log(P/Q) - P + Q, with r = log(P/Q).
+
+    Relative error 1e-6: the sum's own polynomial r^2 (1/2 - r/6 + ...) for |r| < 0.4, where it would cancel.
+    """
+    near = tl.abs(r) < 0.4
+    t = tl.where(near, r, 0.0)
+    p = t * (1 / 40320) - (1 / 5040)
+    p = p * t + (1 / 720)
+    p = p * t - (1 / 120)
+    p = p * t + (1 / 24)
+    p = p * t - (1 / 6)
+    p = p * t + 0.5
+    return tl.where(near, p * (t * t), tl.exp2(-r * LOG2E) - 1.0 + r)

@@ -1,0 +1,171 @@
+"""Sizes, layouts and temperatures of a call, from shapes and numbers alone; needs no Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_CLASSES = 2**21
+MAX_TEMPERATURES = 64
+
+# `saved` is one float32 buffer. First these fields of N words each, by position: rows sorted by label, the
+# ignored ones last. ROW to LABEL are int32; LABEL is -1 for an ignored row and -2 for a label out of range.
+ROW, FIRST, COUNT, LABEL, TOP, ENTROPY, WEIGHT, PROBABILITY, INVERSE_SUM = range(9)
+# Then, by position and temperature (N, K): 1/S, log S (S = sum exp(a (z - max z))) and the row's mean of
+# log(P/Q) under P, as the kernels have it. Then the form of every tile (tiles, N) int32, (2,) normalisers,
+# and log Q of the large clusters (slots, K, C).
+INVERSE, LOG_SUM, MEAN_RATIO = range(3)
+
+# Up to so many rows a program finds a row's place by looking at all targets; beyond, they are sorted first,
+# and clusters of more than LARGE_ROWS rows are shared out over several programs.
+TYPICAL_ROWS = 4096
+LARGE_ROWS = 1024
+# Tiles are narrow where a problem would otherwise keep only a part of the device busy.
+SMALL_PROBLEM = 2**21
+NARROW = 256
+
+WARPS = 4
+THREAD_VALUES = 64  # values of a block that a thread holds, all temperatures together
+ROWS_OF_SUMS = 64  # rows to a block where there are eight numbers of each, and nothing else
+
+
+class Temperatures(NamedTuple):
+    """K temperatures in ascending order of a, as the kernels take them.
+
+    `lead` > 0: a_k = base * p_k with integers p_k, and exp(a_k x) is exp(lead * base * x), lead = min p,
+    times powers of exp(base * x): those of the `bits` binary digits of p_k - lead. The digits are those of k
+    itself if `masks` is 0, else digit b of every k is in bits 8b to 8b + 7. `lead` = 0: exponentials one by one.
+    """
+
+    a: tuple[float, ...]
+    w: tuple[float, ...]
+    order: tuple[int, ...]  # the caller's index of a[k]
+    padded: int  # K rounded up to a power of two
+    base: float
+    lead: int
+    bits: int
+    masks: int
+
+    @property
+    def powers(self) -> int:
+        """lead, bits and masks in one number, a constant of the kernels."""
+        return self.lead | self.bits << 8 | self.masks << 16
+
+
+@lru_cache(maxsize=256)
+def temperatures(a: tuple[float, ...], w: tuple[float, ...]) -> Temperatures:
+    order = tuple(sorted(range(len(a)), key=lambda k: a[k]))
+    ascending = tuple(a[k] for k in order)
+    base, lead, bits, masks = _powers(ascending)
+    padded = next_power_of_two(len(a))
+    return Temperatures(ascending, tuple(w[k] for k in order), order, padded, base, lead, bits, masks)
+
+
+def _powers(a: tuple[float, ...]) -> tuple[float, int, int, int]:
+    """(base, lead, bits, masks) of `Temperatures`; lead 0 if the a_k have no common base."""
+    for divisor in range(1, 33):
+        p = [round(x * divisor / a[0]) for x in a]
+        base = a[-1] / p[-1]
+        # Equal to half a unit in the last place of the float32 that they become.
+        if any(abs(q * base - x) > 2**-25 * x for q, x in zip(p, a, strict=True)):
+            continue
+        extra = [q - p[0] for q in p]
+        bits = extra[-1].bit_length()
+        if extra == list(range(len(a))) and p[-1] <= 64:
+            return base, p[0], bits, 0
+        if len(a) <= 8 and bits <= 5:
+            masks = sum(((q >> b) & 1) << (8 * b + k) for k, q in enumerate(extra) for b in range(bits))
+            return base, p[0], bits, masks
+    return 1.0, 0, 0, 0
+
+
+class Plan(NamedTuple):
+    """How a call is cut up.
+
+    A program takes `chunk` positions of the sorted rows and one tile of `columns` columns, and goes through
+    its rows by blocks of `rows`. `sorted_first`: the targets are sorted before the first kernel.
+    """
+
+    rows: int
+    columns: int
+    tiles: int
+    chunk: int
+    chunks: int
+    row_block: int  # blocks of the kernel that goes row by row
+    row_columns: int
+    sorted_first: bool
+    large: int  # rows beyond which a cluster is shared out; 0: none is
+    slots: int  # for large clusters: at most one starts in so many positions
+    saved: int  # words
+
+
+def make_plan(n: int, c: int, k: int) -> Plan:
+    """The plan for logits (n, c), n > 0, and k temperatures."""
+    padded = next_power_of_two(k)
+    block = min(2048, THREAD_VALUES * 32 * WARPS // padded)  # rows x columns
+    width = max(16, next_power_of_two(c))
+    columns = min(width, block)
+    if n * c <= SMALL_PROBLEM:
+        columns = min(columns, NARROW)
+    rows = block // columns
+    tiles = -(-c // columns)
+    sorted_first = n > TYPICAL_ROWS
+    chunk = max(rows, 8 if sorted_first else 4)
+    large = LARGE_ROWS if sorted_first else 0
+    slots = -(-n // LARGE_ROWS) if sorted_first else 0
+    row_columns = min(width, block)
+    if not sorted_first:  # each program looks at all targets: let it do that for several rows
+        row_columns = min(row_columns, max(16, block // min(8, next_power_of_two(-(-n // 512)))))
+    saved = 9 * n + 3 * n * k + tiles * n + 2 + slots * k * c
+    return Plan(
+        rows, columns, tiles, chunk, -(-n // chunk), block // row_columns, row_columns, sorted_first, large,
+        slots, saved,
+    )  # fmt: skip
+
+
+def next_power_of_two(x: int) -> int:
+    power = 1
+    while power < x:
+        power *= 2
+    return power
+
+
+def vector(t: Tensor) -> int:
+    """Elements of 16 bytes, or the part of it that keeps every row of t (N, C) aligned; 0 if columns are apart."""
+    width = 16 // t.element_size()
+    if t.stride(1) != 1:
+        return 0
+    while t.stride(0) % width:
+        width //= 2
+    return width
+
+
+# The table of a spectrum on a device, kept: making it is a copy from the host.
+_tables: dict[tuple[Temperatures, torch.device], Tensor] = {}
+_sources: dict[Temperatures, Tensor] = {}
+
+
+def table(t: Temperatures, device: torch.device) -> Tensor:
+    """(3, padded K) float64 on the device: a, w and the caller's index of every temperature.
+
+    No wait for the device: the copy is from pinned memory, which is kept. A copy that a CUDA graph records is
+    done when the graph runs, so that its result must not be handed to anyone else.
+    """
+    known = _tables.get((t, device))
+    if known is not None:
+        return known
+    if t not in _sources:
+        fill: Sequence[Sequence[float]] = (t.a, t.w, t.order)
+        rows = torch.tensor(fill, dtype=torch.float64, device="cpu")
+        source = torch.zeros(3, t.padded, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
+        source[:, : len(t.a)] = rows
+        source[0, len(t.a) :] = t.a[-1]
+        _sources[t] = source
+    made = _sources[t].to(device, non_blocking=True)
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        _tables[t, device] = made
+    return made
