@@ -224,11 +224,12 @@ def aligned(markdown: str) -> str:
     lines, table = [], []
     for line in [*markdown.split("\n"), ""]:
         if line.startswith("|"):
-            table.append([cell.strip().replace("**", "") for cell in line.strip("|").split("|")])
+            cells = [cell.strip().replace("**", "") for cell in line.strip("|").split("|")]
+            table.append(["" if cell == "---" else cell for cell in cells])
             continue
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:
-            ruled = row[0].startswith("---")
+            ruled = not any(row)
             padded = ("-" * w if ruled else c.ljust(w) for c, w in zip(row, widths, strict=True))
             lines.append("  ".join(padded).rstrip())
         table = []
