@@ -21,6 +21,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 Result = dict[str, Any]  # extra_info of one benchmark
 
@@ -194,11 +195,12 @@ def tables(results: list[Result]) -> dict[str, str]:
     return parts
 
 
-def update(path: Path, parts: dict[str, str]) -> None:
+def update(path: Path, parts: dict[str, str], known: Iterable[str]) -> None:
+    """Puts the parts between their marks in a document, which may hold marks of `known` parts only."""
     text = path.read_text()
     for name in re.findall(r"<!-- benchmarks: ([\w-]+) -->", text):
-        if name.removeprefix("cuda-") not in TABLES:
-            raise SystemExit(f"{path} asks for the unknown table {name!r}; there are {', '.join(TABLES)}")
+        if name.removeprefix("cuda-") not in known:
+            raise SystemExit(f"{path} asks for the unknown table {name!r}; there are {', '.join(known)}")
         if name in parts:
             start = f"<!-- benchmarks: {name} -->\n"
             before, _, rest = text.partition(start)
@@ -227,14 +229,15 @@ def plot_ratios(results: list[Result], path: Path) -> None:
         labels = [f"{m:.1f}" if m < 10 else f"{m:.0f}" for m in middle]
         axes.bar_label(drawn, labels, fontsize=7, padding=2)
     axes.axhline(1, color="black", linewidth=1)
-    axes.text(len(cases) - 0.45, 1.05, "F.cross_entropy", ha="right", va="bottom", fontsize=8)
+    axes.text(len(cases) - 0.5, 1.08, "F.cross_entropy ", ha="right", va="bottom", fontsize=8)
+    axes.set_xlim(-0.5, len(cases) - 0.5)
     axes.set_yscale("log")
     axes.set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases])
     axes.set_ylabel("time in units of F.cross_entropy's (log)")
     axes.set_title("Forward and backward of the CMIM loss, 8 temperatures, float32")
     axes.legend(ncols=3, loc="upper left", fontsize=8)
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.5), 8 * high)
+    axes.set_ylim(max(low, 0.1), 8 * high)
     save(figure, path)
 
 
@@ -243,16 +246,19 @@ def plot_temperatures(points: list[Result], path: Path) -> None:
     for contender in unique(r["contender"] for r in points):
         for grid, style in (("uniform", "-"), ("general", "--")):
             line = [r for r in points if r["contender"] == contender and r["grid"] == grid]
-            times = [1e6 * r["paired"]["seconds_p50"] for r in line]
+            times = [1e3 * r["paired"]["seconds_p50"] for r in line]
             label = f"{contender}, {grid} grid"
             axes.plot([r["k"] for r in line], times, style, marker="o", color=colour(contender), label=label)
-    plain = sorted(1e6 * r["paired"]["baseline_seconds_p50"] for r in points)
+    plain = sorted(1e3 * r["paired"]["baseline_seconds_p50"] for r in points)
     axes.axhline(plain[len(plain) // 2], color="black", linewidth=1, label="F.cross_entropy")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks([r["k"] for r in points], [str(r["k"]) for r in points])
     axes.set_xlabel("temperatures K")
-    axes.set_ylabel("forward and backward (µs)")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel("forward and backward (ms)")
     axes.set_title(f"Time against the number of temperatures, {points[0]['n']}x{points[0]['c']} logits")
     axes.grid(True, color="0.85", linewidth=0.6)
     axes.legend()
@@ -281,15 +287,16 @@ def plot_size(points: list[Result], path: Path) -> None:
 
 
 def plot_step(points: list[Result], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 2.5), layout="constrained")
-    names = [f"{r['case']}\n{r['contender']}" for r in points]
+    figure, axes = plt.subplots(figsize=(9, 2.2), layout="constrained")
+    names = ["\n".join([*r["case"].split(", ", 1), r["contender"]]) for r in points]
     overhead = [{q: 100 * (r["paired"][f"ratio_{q}"] - 1) for q in ("p20", "p50", "p80")} for r in points]
     error = [[o["p50"] - o["p20"] for o in overhead], [o["p80"] - o["p50"] for o in overhead]]
     colours = [colour(r["contender"]) for r in points]
     axes.barh(names, [o["p50"] for o in overhead], xerr=error, height=0.5, color=colours, capsize=4)
     axes.axvline(0, color="black", linewidth=1)
     axes.axvline(1, color="#c44e52", linestyle="--", linewidth=1, label="1 %")
-    axes.set_xlabel("training step, % longer than with F.cross_entropy (median, 20th to 80th percentile)")
+    axes.set_xlabel("% longer than with F.cross_entropy (median, 20th to 80th percentile)")
+    axes.set_title("Training step with the fused loss")
     axes.legend(loc="upper right")
     save(figure, path)
 
@@ -327,7 +334,7 @@ def main() -> None:
     for name, table in parts.items():
         print(f"## {name}\n\n{table}\n")
     for path in options.update:
-        update(path, parts)
+        update(path, parts, TABLES)
     for prefix, here in by_device(results).items():
         for kind, (name, plot) in PLOTS.items():
             if of_kind(here, kind):

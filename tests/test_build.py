@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import setuptools
 
+import cmim_kernels
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -104,6 +106,11 @@ def test_the_build_asks_for_no_torch() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     requires = text.split("[build-system]")[1].split("[project]")[0].split("requires = ")[1]
     assert "torch" not in requires
+
+
+def test_the_versions_agree() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'\nversion = "{cmim_kernels.__version__}"\n' in text
 
 
 @pytest.mark.slow

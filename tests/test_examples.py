@@ -16,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
 @pytest.fixture
@@ -42,6 +43,14 @@ def test_readme_names_targets_of_the_makefile() -> None:
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
     assert {"demo", "test"} <= named
     assert named <= targets
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in DOCS)])
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text())
+    local = [link for link in links if "://" not in link]
+    missing = [link for link in local if not (ROOT / page).parent.joinpath(link).exists()]
+    assert not missing
 
 
 def test_digits_prints_a_table_and_plots(tmp_path: Path) -> None:

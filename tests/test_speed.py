@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from benchmarks.cases import Case
 from benchmarks.contenders import CONTENDERS, cross_entropy
@@ -10,6 +13,15 @@ from benchmarks.measure import timed_phase
 from benchmarks.paired import paired
 
 pytestmark = [pytest.mark.speed, pytest.mark.slow]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine would be all that is measured."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def ratio(case: Case, ours: str, baseline: str | None = None) -> float:
