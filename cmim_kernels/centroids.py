@@ -146,8 +146,7 @@ class CentroidBank(nn.Module):
 
     @torch.no_grad()
     def end_epoch(self) -> None:
-        """Mode `epoch`: puts the centroids collected since the last call in force; classes without a row keep
-        theirs.
+        """Mode `epoch`: puts in force what was collected; classes without a row keep their centroid.
 
         With a process group every rank has to call this.
 

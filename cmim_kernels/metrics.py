@@ -1,5 +1,4 @@
-"""Concentration and separation of a classifier's output clusters over a data set, at every temperature, in
-one pass.
+"""Concentration and separation of output clusters over a data set, at every temperature, in one pass.
 
 With P_i the softmax of row i at a temperature, y_i its label, Q_c the mean of P over class c (n_c of M rows):
 
@@ -123,8 +122,7 @@ class ClusterSums:
 def summarise(
     logits: Tensor, target: Tensor, spectrum: TemperatureSpectrum, ignore_index: int
 ) -> tuple[ClusterSums, Tensor]:
-    """Statistics of one batch, logits (N, C) and target (N,), over the L classes present; and those classes,
-    (L,).
+    """Statistics of a batch, logits (N, C) and target (N,), by the L classes present; and those, (L,).
 
     Raises:
         TypeError, ValueError: wrong shape or dtype, a label out of range, logits of NaN or +inf, a row of
@@ -167,8 +165,7 @@ def summarise(
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) over the last dimension, as sum_j q phi((p - q) / q) with phi(u) = (1 + u) log(1 + u) - u >=
-    0.
+    """KL(p || q) over the last dimension: sum_j q phi((p - q) / q), phi(u) = (1 + u) log(1 + u) - u.
 
     p has to be 0 where q is. For small u the terms of phi would cancel: there it is its series u^2/2 - u^3/6
     + ...
@@ -261,8 +258,7 @@ def evaluate_concentration(
     device: torch.device | str | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> ConcentrationSpectrum:
-    """Runs a model in eval mode over batches of (inputs, target) and returns the figures of the whole data
-    set.
+    """The figures of a model, run in eval mode over batches of (inputs, target).
 
     Args:
         model: inputs -> logits (N, C); its mode is restored afterwards.

@@ -10,8 +10,7 @@ from torch.utils.data import Sampler
 
 
 class ClassBalancedBatchSampler(Sampler[list[int]]):
-    """Batches of `classes_per_batch` classes with `samples_per_class` rows each, for a loader's
-    `batch_sampler`.
+    """Batches of `classes_per_batch` classes with `samples_per_class` rows each: a `batch_sampler`.
 
     Classes and, within each class, its rows are dealt from shuffled decks: none comes again before all others
     had their turn, and the classes of one batch are distinct. A class with fewer rows than

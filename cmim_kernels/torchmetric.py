@@ -1,6 +1,4 @@
-"""`CMIMetric`: the streaming CMI, separation and NCMI as a torchmetrics metric. Import it from
-`cmim_kernels.metrics`.
-"""
+"""`CMIMetric`, the streaming figures as a torchmetrics metric; `cmim_kernels.metrics` exports it."""
 
 from __future__ import annotations
 

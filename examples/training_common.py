@@ -1,5 +1,4 @@
-"""What the CIFAR-100 and ImageNet recipes share: processes, mixed precision, one epoch, evaluation,
-checkpoints.
+"""What the CIFAR-100 and ImageNet recipes share.
 
 Launched plainly the recipes use one process; under `torchrun --nproc-per-node N` one process per device.
 """
@@ -110,9 +109,7 @@ def torchvision_module(name: str) -> Any:
 
 
 class SyntheticImages(TensorDataset):
-    """Random images (rows, 3, size, size) with labels that take turns, and with `targets` as torchvision has
-    them.
-    """
+    """Random images (rows, 3, size, size), with `targets` that take turns."""
 
     def __init__(self, rows: int, classes: int, size: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -196,9 +193,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable[Any], classes: int) -> tuple[float, ConcentrationSpectrum]:
-        """Accuracy and the clusters' figures over the shares of all processes, with the first one's
-        statistics.
-        """
+        """Accuracy and figures over all processes' shares, with the first one's running statistics."""
         model = self.plain_model.eval()  # the wrapper would want the same number of batches everywhere
         if self.process.group is not None:
             for buffer in model.buffers():

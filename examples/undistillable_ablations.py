@@ -1,5 +1,4 @@
-"""What the CMIM teachers of undistillable_digits.py owe to each setting: weight, grid, samples per class,
-centroids.
+"""What the CMIM teachers of undistillable_digits.py owe to weight, grid, batch and centroids.
 
 One setting is changed at a time. For every variant: the teacher's test accuracy, the largest CMI over all
 temperatures on its training and test images, and what the attacks gain over the LS student.

@@ -1,5 +1,4 @@
-"""Trains teachers on handwritten digits with cross entropy, label smoothing and CMIM, and tries to distil
-them.
+"""Teachers trained with cross entropy, label smoothing and CMIM, and attempts to distil them.
 
 Every split of the data has teachers of its own. The attacker holds 100 of the teacher's 800 training images
 with their labels and asks the teacher for its logits; students are 64-64-10 multilayer perceptrons. Every

@@ -188,9 +188,7 @@ def test_every_attack_runs_and_the_report_says_so(tmp_path: Path, capsys: pytest
 
 
 def made_report(**accuracies: list[float]) -> AuditReport:
-    """A report of one teacher with these accuracies under attacks of these names, and labels-only students at
-    0.9.
-    """
+    """One teacher with these accuracies under attacks of these names; labels-only students at 0.9."""
     seeds = list(range(6))
     return AuditReport(
         teachers=["t"],

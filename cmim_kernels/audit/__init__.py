@@ -1,6 +1,4 @@
-"""Is this model undistillable? Knockoff students under published and adaptive attacks, against the LS
-student.
-"""
+"""Is this model undistillable? Knockoff students under many attacks, against the LS student."""
 
 from .attacks import Attack, attacks, register_attack
 from .data import AuditData, load_audit_data

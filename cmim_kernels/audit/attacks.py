@@ -1,5 +1,4 @@
-"""The attacks: how a student may learn from a teacher's logits. Each one is a small function with its paper
-named.
+"""The attacks: how a student may learn from a teacher's logits, each a small function that names its paper.
 
 An attack's loss sees every student at once. Shapes, with R students (one per seed and teacher), a batch of B
 rows and C classes: student and teacher logits `(R, B, C)`, labels `(R, B)`; it returns one loss per
@@ -146,9 +145,7 @@ def kd(temperature: float, share: float = 0.9) -> Loss:
 
 
 def dkd(temperature: float, alpha: float, beta: float) -> Loss:
-    """Zhao et al.: KL split into the target's share and the distribution over the other classes, weighted
-    apart.
-    """
+    """Zhao et al.: KL split into the target's share and the distribution over the other classes."""
 
     def split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         log = F.log_softmax(logits / temperature, -1)
@@ -176,9 +173,7 @@ def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
 
 
 def dist(temperature: float, beta: float, gamma: float) -> Loss:
-    """Huang et al.: 1 - Pearson correlation of the probabilities within each row, and within each class's
-    column.
-    """
+    """Huang et al.: 1 - Pearson correlation of the probabilities, within rows and within columns."""
 
     def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
@@ -219,9 +214,7 @@ def lskd(temperature: float, weight: float, ce_weight: float) -> Loss:
 
 
 def generalised_js(temperature: float, beta: float, share: float = 0.9) -> Loss:
-    """Agarwal et al.: beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q, teacher P,
-    student Q.
-    """
+    """Agarwal et al.: beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q, teacher P."""
 
     def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         p, q = F.log_softmax(teacher / temperature, -1), F.log_softmax(student / temperature, -1)
@@ -238,9 +231,7 @@ def generalised_js(temperature: float, beta: float, share: float = 0.9) -> Loss:
 
 
 def class_means(logits: Tensor, labels: Tensor) -> Tensor:
-    """Each row's logits replaced by the mean over its label's rows, (R, N, C) -> (R, N, C): all that a fully
-    collapsed teacher could teach.
-    """
+    """The mean logits of each row's label, (R, N, C) twice: all that a fully collapsed teacher teaches."""
     one_hot = F.one_hot(labels, logits.shape[-1]).to(logits.dtype)  # (R, N, C)
     sums = one_hot.transpose(1, 2) @ logits  # (R, C, C)
     means = sums / one_hot.sum(1).clamp(min=1).unsqueeze(-1)

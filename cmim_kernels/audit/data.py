@@ -129,9 +129,7 @@ class AuditData:
         return tensor if self.splits is not None else tensor.expand(seeds, *tensor.shape)
 
     def per_student(self, logits: Mapping[str, Tensor], seeds: int) -> Tensor:
-        """The teachers' logits, teacher by teacher and seed by seed, (R, N, C) float32 with R = teachers *
-        seeds.
-        """
+        """The teachers' logits, teacher by teacher and in it seed by seed, (R, N, C) float32."""
         return torch.cat([self.per_seed(logits[name], seeds) for name in self.teacher_names]).float()
 
     def answer(self, inputs: Tensor, seeds: int) -> Tensor:

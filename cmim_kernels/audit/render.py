@@ -81,9 +81,7 @@ def to_markdown(report: AuditReport) -> str:
 
 
 def attack_table(report: AuditReport, names: Sequence[str]) -> list[str]:
-    """Lines of a Markdown table: attacks down; across, the teachers and the control that knows only the
-    labels.
-    """
+    """Lines of a Markdown table: attacks down; across, the teachers and the labels-only control."""
     columns = [*report.teachers, LABELS_ONLY]
     lines = ["| attack | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
@@ -105,9 +103,7 @@ def cell(difference: Difference) -> str:
 
 
 def plot_audit(report: AuditReport, axes: Axes) -> None:
-    """Bars: every attack's mean difference to the LS student in points, one colour per teacher, 95 %
-    intervals.
-    """
+    """Bars: every attack's mean difference to the LS student in points, with 95 % intervals."""
     names = list(report.results)
     width = 0.8 / len(report.teachers)
     for i, teacher in enumerate(report.teachers):

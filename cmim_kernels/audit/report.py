@@ -1,6 +1,4 @@
-"""What an audit found: accuracies, differences to the baseline, verdicts; kept in one JSON file that an audit
-resumes from.
-"""
+"""What an audit found: accuracies, differences, verdicts; in one JSON file that audits resume from."""
 
 from __future__ import annotations
 
@@ -61,9 +59,7 @@ class AuditReport:
         return paired_difference(self.results[attack][teacher], other)
 
     def best_smoothing(self) -> tuple[str, Difference]:
-        """The label smoothing with the best mean accuracy (chosen on the test data, so in its favour) against
-        the baseline's.
-        """
+        """The label smoothing with the best mean accuracy on the test data, against the baseline's."""
         best = max(self.baselines, key=lambda key: paired_difference(self.baselines[key], self.baseline).mean)
         return best, paired_difference(self.baselines[best], self.baseline)
 
@@ -149,8 +145,7 @@ class AuditReport:
         os.replace(partial, folder / "audit.json")
 
     def resume(self, folder: Path) -> None:
-        """Takes over what folder/audit.json already holds, if there is one; attacks not asked for now are
-        left out.
+        """Takes over what folder/audit.json holds of the attacks asked for, if there is one.
 
         Raises:
             ValueError: the file is no audit report or belongs to other data or settings.

@@ -1,6 +1,4 @@
-"""The audit itself: baseline, controls and every attack, one after the other, each one saved when it is
-done.
-"""
+"""The audit itself: baseline, controls, and every attack, each one saved when it is done."""
 
 from __future__ import annotations
 

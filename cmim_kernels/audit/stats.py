@@ -22,9 +22,7 @@ class Difference:
 
 
 def t_cdf(t: float, df: int) -> float:
-    """P(T <= t) for Student's t with `df` degrees of freedom, by the finite sums of Abramowitz and Stegun
-    26.7.3, 26.7.4.
-    """
+    """P(T <= t) of Student's t, `df` degrees of freedom: Abramowitz and Stegun 26.7.3 and 26.7.4."""
     theta = math.atan2(abs(t), math.sqrt(df))
     cosine = math.cos(theta)
     odd = df % 2 == 1

@@ -1,6 +1,4 @@
-"""Students of all seeds and teachers trained together: one set of stacked weights, one optimiser, one vmapped
-forward.
-"""
+"""Students of all seeds and teachers trained together, with stacked weights and a vmapped forward."""
 
 from __future__ import annotations
 
@@ -17,8 +15,7 @@ StudentFactory = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class StudentTraining:
-    """How every student is trained: AdamW, cosine schedule down to 0; the same for the baseline and every
-    attack.
+    """How every student is trained, the baseline's too: AdamW, cosine schedule down to 0.
 
     Args:
         steps: optimiser steps.
@@ -44,9 +41,7 @@ class StudentTraining:
 
 
 def mlp(inputs: int, hidden: Sequence[int], classes: int) -> StudentFactory:
-    """A factory of multilayer perceptrons with ReLU on the flattened input: `inputs - hidden... -
-    classes`.
-    """
+    """A factory of perceptrons with ReLU on the flattened input, `inputs - hidden... - classes`."""
 
     def make() -> nn.Module:
         layers: list[nn.Module] = [nn.Flatten()]
@@ -113,9 +108,7 @@ class Students:
         return list(self._params.values())
 
     def train(self, training: StudentTraining, step_loss: Callable[[], Tensor]) -> None:
-        """Minimises `step_loss() -> (R,)`: the students share no weight, so the sum's gradient is each
-        one's own.
-        """
+        """Minimises `step_loss() -> (R,)`; no weight is shared, so the sum's gradient is each one's own."""
         self._module.train()
         optimiser = torch.optim.AdamW(self.parameters(), lr=training.lr, weight_decay=training.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, training.steps)
@@ -129,9 +122,7 @@ class Students:
 
     @torch.no_grad()
     def accuracy(self, inputs: Tensor, labels: Tensor, chunk: int = 4096) -> Tensor:
-        """Share of right answers on (S, M, ...), (S, M), as (R,) float64; NaN where a student's logits are
-        not finite.
-        """
+        """Share of right answers on (S, M, ...), (S, M): (R,) float64, NaN where logits are not finite."""
         self._module.eval()
         right = torch.zeros(self._copies * labels.shape[0], dtype=torch.float64, device=labels.device)
         for start in range(0, labels.shape[1], chunk):

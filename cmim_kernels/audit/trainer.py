@@ -137,8 +137,7 @@ class Trainer:
 
 
 def label_logits(labels: Tensor, classes: int, label_smoothing: float) -> Tensor:
-    """Logits (S, N, C) of a teacher that knows nothing but the labels (S, N): its softmax is the smoothed
-    label.
+    """Logits (S, N, C) of a teacher that knows nothing but labels (S, N): its softmax smooths them.
 
     Without smoothing the logits would be infinite; 0.1 stands in.
     """
