@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from .backends import Backend
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 REFERENCE = "reference"
 NATIVE = ("cpu", "cuda", "triton")
@@ -53,7 +55,13 @@ def pick(name: str, logits: Tensor, temperatures: int) -> Backend | None:
     return _modules[name]
 
 
-@torch.compiler.assume_constant_result
+def _constant_to_the_compiler(function: F) -> F:
+    """`torch.compiler.assume_constant_result`, which imports the whole compiler to set this attribute."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_to_the_compiler
 def _find_usable(device: str) -> tuple[str, ...]:
     known = _usable_on.get(device)
     if known is not None:
@@ -67,12 +75,9 @@ def _find_usable(device: str) -> tuple[str, ...]:
     return usable
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_the_compiler
 def _why_unusable(name: str) -> str | None:
     """Imports the backend's module and asks it."""
     if name not in _modules:
-        module = f"{__package__}.backends.{name}"
-        if find_spec(module) is None:
-            return "this distribution of cmim_kernels does not contain it"
-        _modules[name] = import_module(module)
+        _modules[name] = import_module(f"{__package__}.backends.{name}")
     return _modules[name].unusable()

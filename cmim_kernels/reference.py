@@ -1,8 +1,8 @@
 """The definition of the CMIM loss in plain PyTorch: `docs/math.md` as code, gradients by autograd.
 
-Every other implementation in this package is judged against this file in float64. It imports nothing of the
-package, runs on any device and in any floating dtype (half types are computed in float32), and holds (K, N,
-C) tensors without regret.
+Every other implementation in this package is judged against this file. It imports nothing of the package,
+runs on any device and in any floating dtype, computes in float64 where the device has it, and holds (K, N, C)
+tensors without regret.
 
 Notation: logits z (N, C), labels y (N,), inverse temperatures a (K,), P = softmax(a z) (K, N, C), clusters =
 rows of one label, Q = a cluster's mean P, M = kept rows (label not `ignore_index`). All divergences are in
@@ -41,21 +41,23 @@ def reference_loss(
     float64 for float64 logits, else float32. A term of weight zero is left out. No argument is checked.
     """
     kept = target != ignore_index  # (N,)
-    z = _compute_rows(logits, kept)
+    z = _wide_rows(logits, kept)
+    out = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if reduction == SPECTRUM:
-        return divergences(z, target, inverse_temperatures, centroids, kept).sum(1) / kept.sum()
+        return (divergences(z, target, inverse_temperatures, centroids, kept).sum(1) / kept.sum()).to(out)
     value = z.new_zeros(z.shape[:1] if reduction == NONE else ())
     if ce_weight != 0:
+        weight = None if class_weight is None else class_weight.to(z)
         how = _CE_REDUCTION[reduction]
         value = value + ce_weight * F.cross_entropy(
-            z, target, class_weight, ignore_index=ignore_index, reduction=how, label_smoothing=label_smoothing
+            z, target, weight, ignore_index=ignore_index, reduction=how, label_smoothing=label_smoothing
         )
     if cmi_weight != 0:
         w = z.new_tensor(temperature_weights)  # (K,)
         rows = w @ divergences(z, target, inverse_temperatures, centroids, kept)  # (N,)
         term = {NONE: rows, MEAN: rows.sum() / kept.sum(), SUM: rows.sum()}[reduction]
         value = value + cmi_weight * term
-    return value
+    return value.to(out)
 
 
 def divergences(
@@ -63,15 +65,15 @@ def divergences(
 ) -> Tensor:
     """KL(P_i || Q_{y_i}) of every row and temperature, (K, N) in nats; 0 for rows that are not kept.
 
-    z (N, C) float32 or float64, finite (or -inf) in rows that are not kept. `centroids` (K, C, C) replaces
-    the batch's own Q and is held fixed.
+    z (N, C) in the arithmetic dtype, finite (or -inf) in rows that are not kept. `centroids` (K, C, C)
+    replaces the batch's own Q and is held fixed.
     """
     a = z.new_tensor(inverse_temperatures)[:, None, None]  # (K, 1, 1)
     if centroids is None:
         p, q, log_ratio = _batch_ratios(z, torch.where(kept, target, -1), a)
     else:
         log_p = torch.log_softmax(a * z, dim=-1)  # (K, N, C)
-        q = centroids[:, torch.where(kept, target, 0)]  # (K, N, C)
+        q = centroids.to(z)[:, torch.where(kept, target, 0)]  # (K, N, C)
         p, log_ratio = log_p.exp(), log_p - q.log()
     return _generalised_kl(p, q, log_ratio).masked_fill(~kept, 0)
 
@@ -81,18 +83,19 @@ def class_centroids(
 ) -> tuple[Tensor, Tensor]:
     """Mean softmax of the rows of each class, Q (K, C, C), zero for absent classes; counts (C,) int64."""
     kept = target != ignore_index
-    z = _compute_rows(logits.detach(), kept)
+    z = _wide_rows(logits.detach(), kept)
     classes = z.shape[1]
     p = torch.softmax(z.new_tensor(inverse_temperatures)[:, None, None] * z, dim=-1)  # (K, N, C)
     label = torch.where(kept, target, classes)  # ignored rows go to an extra class, dropped below
     total = p.new_zeros(len(p), classes + 1, classes).index_add(1, label, p)[:, :classes]
     counts = torch.bincount(label, minlength=classes + 1)[:classes]
-    return total / counts.clamp(min=1)[:, None], counts
+    out = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (total / counts.clamp(min=1)[:, None]).to(out), counts
 
 
-def _compute_rows(logits: Tensor, kept: Tensor) -> Tensor:
+def _wide_rows(logits: Tensor, kept: Tensor) -> Tensor:
     """Logits in the arithmetic dtype; 0 in ignored rows, which neither value nor gradient may see."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     return logits.to(dtype).masked_fill(~kept[:, None], 0)
 
 
@@ -102,25 +105,26 @@ def _batch_ratios(z: Tensor, label: Tensor, a: Tensor) -> tuple[Tensor, Tensor, 
     P is written around a centre b that all rows of a cluster share, P = exp(b + rho), and the centroid around
     the same centre, Q = exp(b) (1 + mean expm1(rho)), so that no two rounded probabilities are subtracted. P
     and Q do not depend on the centre, which is why it carries no gradient and may be rounded in any way that
-    is the same for all rows: b is the cluster's mean logit, moved by whole numbers towards log Q where it is
-    far from it. Rows are shifted by whole numbers too, which bounds every exponent by about log N.
+    is the same for all rows: it is the cluster's largest logits, moved by whole numbers towards log Q where
+    they are far from it. Rows are moved by whole numbers too. Then every exponent is at most about log N.
     """
     cluster = _first_row_of_same_label(label)  # (N,)
     with torch.no_grad():
-        fixed = z.detach()
-        masked = fixed == -torch.inf
-        finite = _cluster_sum((~masked).to(z), cluster)  # (N, C)
-        mean = _cluster_sum(fixed.masked_fill(masked, 0), cluster) / finite.clamp(min=1)
-        dead = finite == 0  # (N, C): -inf in every row of the cluster
-        centre = mean.masked_fill(dead, -torch.inf)  # (N, C), equal in the rows of a cluster
+        peak = z.amax(-1, keepdim=True)  # (N, 1)
+        level = (peak - _cluster_max(peak, cluster)).round()  # (N, 1)
+        fixed = z - level
+        centre = _cluster_max(fixed, cluster)  # (N, C)
+        dead = centre == -torch.inf  # in every row of the cluster
         log_norm = torch.logsumexp(a * fixed, -1, keepdim=True)  # (K, N, 1)
         centre_norm = torch.logsumexp(a * centre, -1, keepdim=True)  # (K, N, 1)
         row_shift = (log_norm - centre_norm).round()  # (K, N, 1)
         log_centre = a * centre - centre_norm  # (K, N, C)
-        log_q = _cluster_log_mean_exp(a * fixed - log_norm, cluster)
+        log_q = _cluster_log_mean_exp(a * fixed - log_norm, cluster)  # (K, N, C)
         column_shift = (log_q - log_centre).round().masked_fill(dead, 0)  # (K, N, C)
         pbar = torch.softmax(log_centre + column_shift, dim=-1)  # (K, N, C)
-    offset = z.masked_fill(dead, 0) - mean  # (N, C), exact for rows close to their centre
+    offset = (z - level).masked_fill(dead, 0) - centre.masked_fill(
+        dead, 0
+    )  # (N, C), exact for rows that agree
     rho = (a * offset - (column_shift + row_shift)).masked_fill(dead, 0)  # (K, N, C)
     for _ in range(2):  # log P - b; the second round takes away what the first one's sum was rounded by
         rho = rho - torch.log1p((pbar * torch.expm1(rho)).sum(-1, keepdim=True))
@@ -158,10 +162,16 @@ def _cluster_sum(x: Tensor, cluster: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add(-2, cluster, x).index_select(-2, cluster)
 
 
-def _cluster_log_mean_exp(x: Tensor, cluster: Tensor) -> Tensor:
-    """Each row of x (K, N, C) replaced by log mean exp over its cluster; -inf where the whole cluster is."""
+def _cluster_max(x: Tensor, cluster: Tensor) -> Tensor:
+    """Each row of x (..., N, C) replaced by the maximum over its cluster."""
     index = cluster[:, None].expand_as(x)
     top = torch.zeros_like(x).scatter_reduce(-2, index, x, "amax", include_self=False)
-    top = top.masked_fill(top == -torch.inf, 0).index_select(-2, cluster)  # (K, N, C)
+    return top.index_select(-2, cluster)
+
+
+def _cluster_log_mean_exp(x: Tensor, cluster: Tensor) -> Tensor:
+    """Each row of x (K, N, C) replaced by log mean exp over its cluster; -inf where the whole cluster is."""
+    top = _cluster_max(x, cluster)
+    top = top.masked_fill(top == -torch.inf, 0)  # (K, N, C)
     count = _cluster_sum(torch.ones_like(x[0, :, :1]), cluster)  # (N, 1)
     return top + (_cluster_sum((x - top).exp(), cluster) / count).log()

@@ -50,6 +50,8 @@ def regimes() -> list[Regime]:
         "random_x10": lambda g: _random(g, 64, 10, scale=10.0),
         "shifted_up": lambda g: _shifted(g, 30.0),
         "shifted_down": lambda g: _shifted(g, -30.0),
+        "shifted_rows": lambda g: _shifted(g, 30 * torch.randn(64, 1, generator=g)),
+        "masked_by_large_numbers": _masked_by_large_numbers,
         "confident": _confident,
         "uniform": lambda g: (torch.full((64, 12), 0.7), _labels(g, 64, 4)),
         "ties": lambda g: (torch.randint(-1, 2, (64, 9), generator=g).float(), _labels(g, 64, 9)),
@@ -88,7 +90,7 @@ def _random(g: Generator, n: int, c: int, scale: float = 1.0) -> Batch:
     return scale * torch.randn(n, c, generator=g), _labels(g, n, min(c, 4))
 
 
-def _shifted(g: Generator, by: float) -> Batch:
+def _shifted(g: Generator, by: float | Tensor) -> Batch:
     logits, target = _random(g, 64, 10)
     return logits + by, target
 
@@ -104,6 +106,14 @@ def _masked(g: Generator, whole_cluster: bool) -> Batch:
         return logits.masked_fill((target[:, None] == 1) & (torch.arange(12) > 6), -torch.inf), target
     masked = torch.rand(64, 12, generator=g) < 0.25
     return logits.masked_fill(masked & ~F.one_hot(target, 12).bool(), -torch.inf), target
+
+
+def _masked_by_large_numbers(g: Generator) -> Batch:
+    """-1e9 or the most negative float32 for -inf, as some code has it, in some rows of a cluster or all."""
+    logits, target = _masked(g, whole_cluster=False)
+    logits = torch.where(logits == -torch.inf, -1e9, logits)
+    logits[:, 0] = torch.where(target == 0, logits[:, 0], torch.finfo(torch.float32).min)
+    return logits, target
 
 
 def _collapsed(g: Generator, width: float, n: int = 32, c: int = 40) -> Batch:

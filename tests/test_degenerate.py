@@ -1,0 +1,171 @@
+"""Batches at the edge: empty, ignored, of one row, of one class, with masks and with what is no number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from calls import regime
+from conftest import Place
+from torch import Tensor
+
+import cmim_kernels as ck
+from cmim_kernels.testing import value_and_grad
+
+
+def loss(place: Place, logits: Tensor, target: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
+    call = lambda z: ck.fused_cmi_loss(z, target, backend=place.name, **kwargs)  # type: ignore[arg-type] # noqa: E731
+    return value_and_grad(call, logits)
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["no_rows", "all_ignored"])
+def test_no_row_is_kept(place: Place, ignored: bool) -> None:
+    """As `F.cross_entropy`: NaN for the mean, 0 for the sum; the gradient is zero."""
+    n = 3 if ignored else 0
+    logits = torch.randn(n, 5, device=place.device)
+    target = torch.full((n,), -100, device=place.device)
+    for cmi_weight in (0.0, 1.0):
+        value, gradient = loss(place, logits, target, cmi_weight=cmi_weight)
+        assert value.isnan()
+        assert F.cross_entropy(logits, target).isnan()
+        assert gradient.shape == (n, 5)
+        assert gradient.count_nonzero() == 0
+        value, gradient = loss(place, logits, target, cmi_weight=cmi_weight, reduction="sum")
+        assert value == 0
+        assert gradient.count_nonzero() == 0
+        value, gradient = loss(place, logits, target, cmi_weight=cmi_weight, reduction="none")
+        assert value.shape == (n,)
+        assert value.count_nonzero() == 0
+        assert gradient.count_nonzero() == 0
+    spectrum, gradient = value_and_grad(lambda z: ck.cmi_spectrum(z, target, backend=place.name), logits)
+    assert spectrum.shape == (8,)
+    assert spectrum.isnan().all()
+    assert gradient.count_nonzero() == 0
+    centroids, counts = ck.class_centroids(logits, target, backend=place.name)
+    assert centroids.shape == (8, 5, 5)
+    assert centroids.count_nonzero() == counts.count_nonzero() == 0
+
+
+def test_clusters_of_one_row_cost_nothing(place: Place) -> None:
+    logits, target = regime("one_row_per_class").make(device=place.device)
+    value, gradient = loss(place, logits, target, ce_weight=0.0)
+    assert value == 0
+    assert gradient.count_nonzero() == 0
+    assert ck.cmi_spectrum(logits, target, backend=place.name).count_nonzero() == 0
+    torch.testing.assert_close(loss(place, logits, target)[0], F.cross_entropy(logits, target))
+
+
+def test_one_class(place: Place) -> None:
+    """C = 1: every probability is one, and nothing can be learnt."""
+    logits = 10 * torch.randn(5, 1, device=place.device)
+    value, gradient = loss(place, logits, torch.zeros(5, dtype=torch.int64, device=place.device))
+    assert abs(float(value)) <= 1e-12
+    assert gradient.abs().max() <= 1e-12
+
+
+def test_absent_classes_have_zero_centroids(place: Place) -> None:
+    logits, target = regime("absent_classes").make(device=place.device)
+    centroids, counts = ck.class_centroids(logits, target, backend=place.name)
+    assert torch.equal(counts, torch.bincount(target, minlength=50))
+    assert centroids[:, counts == 0].count_nonzero() == 0
+    rows = centroids[:, counts > 0]
+    torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]))
+    expected = torch.softmax(logits[target == 20] / 8, -1).mean(0)
+    torch.testing.assert_close(centroids[0, 20], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_batchs_own_centroids_given_back_change_nothing(place: Place) -> None:
+    logits, target = regime("random").make(device=place.device)
+    centroids, _ = ck.class_centroids(logits, target, backend=place.name)
+    value, gradient = loss(place, logits, target)
+    given_value, given_gradient = loss(place, logits, target, centroids=centroids)
+    torch.testing.assert_close(given_value, value, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(given_gradient, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_given_centroids_make_single_rows_count(place: Place) -> None:
+    logits, target = regime("one_row_per_class").make(device=place.device)
+    centroids = torch.full((8, 20, 20), 1 / 20, device=place.device)
+    value, gradient = loss(place, logits, target, ce_weight=0.0, centroids=centroids)
+    p = torch.softmax(torch.arange(1, 9, device=place.device)[:, None, None] / 8 * logits, -1)
+    torch.testing.assert_close(value, (p * (20 * p).log()).sum(-1).mean(), rtol=1e-5, atol=1e-7)
+    assert gradient.count_nonzero() > 0
+
+
+def test_unnormalised_centroids_get_the_generalised_divergence(place: Place) -> None:
+    logits, target = regime("random").make(device=place.device)
+    centroids = torch.rand(1, 10, 10, device=place.device)
+    value = ck.cmi_spectrum(logits, target, temperatures=[1.0], centroids=centroids, backend=place.name)
+    p, q = logits.double().softmax(-1), centroids[0, target].double()
+    expected = (p * (p / q).log() - p + q).sum(-1).mean()
+    torch.testing.assert_close(value[0].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["masked_by_cluster", "masked_in_some_rows"])
+def test_masked_classes(place: Place, name: str) -> None:
+    logits, target = regime(name).make(device=place.device)
+    value, gradient = loss(place, logits, target)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    assert gradient[logits == -torch.inf].count_nonzero() == 0
+
+
+def test_zero_centroid_of_a_masked_class(place: Place) -> None:
+    """P = Q = 0 contributes nothing; P > 0 where Q = 0 is infinitely surprising."""
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]], device=place.device)
+    target = torch.tensor([0], device=place.device)
+    centroids = torch.tensor([[[0.5, 0.5, 0.0]] * 3], device=place.device)
+    kwargs = {"temperatures": [1.0], "centroids": centroids, "backend": place.name}
+    assert ck.cmi_spectrum(logits, target, **kwargs).isfinite().all()
+    assert ck.cmi_spectrum(logits.masked_fill(logits.isinf(), 0.5), target, **kwargs) == torch.inf
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_number_gives_no_number(place: Place, bad: float, reduction: str) -> None:
+    """A loss scaler has to see it. Rows of other clusters keep their losses."""
+    logits, target = regime("random").make(device=place.device)
+    logits[5, 3] = bad
+    for weights in ({}, {"cmi_weight": 0.0}, {"ce_weight": 0.0}):
+        value, gradient = loss(place, logits, target, reduction=reduction, **weights)
+        if reduction != "none":
+            assert value.isnan()
+        else:
+            assert value[5].isnan()
+            assert value[target != target[5]].isfinite().all()
+            assert gradient[target != target[5]].isfinite().all()
+        assert gradient[5].isnan().any()
+
+
+def test_no_number_in_an_ignored_row_is_not_seen(place: Place) -> None:
+    logits, target = regime("random").make(device=place.device)
+    target[5] = -100
+    expected = loss(place, logits, target)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        logits[5] = bad
+        value, gradient = loss(place, logits, target)
+        assert torch.equal(value, expected[0])
+        assert torch.equal(gradient, expected[1])
+        assert gradient[5].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e6])
+def test_extreme_logits(place: Place, scale: float) -> None:
+    """Far beyond any exponent's range: finite, and zero where the softmax is a one-hot that does not move."""
+    logits, target = regime("random").make(device=place.device)
+    value, gradient = loss(place, logits * scale, target)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_large_labels_to_ignore(place: Place) -> None:
+    logits, target = regime("random").make(device=place.device)
+    for ignore_index in (2**62, -(2**63), 3):
+        some = target.clone()
+        some[::4] = ignore_index
+        value, gradient = loss(place, logits, some, ignore_index=ignore_index)
+        kept = some != ignore_index
+        expected, expected_gradient = loss(place, logits[kept], some[kept])
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(gradient[kept], expected_gradient, rtol=1e-5, atol=1e-7)
+        assert gradient[~kept].count_nonzero() == 0

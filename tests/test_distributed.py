@@ -1,0 +1,117 @@
+"""One loss over the batches of several processes, whose gradients DistributedDataParallel averages right."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import cmim_kernels as ck
+
+WORLD = 2
+COUNTS = (5, 8)  # rows of each rank
+
+
+def whole_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(sum(COUNTS), 6, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, 4, (sum(COUNTS),), generator=generator)
+    target[2] = -100
+    return x, target
+
+
+def network() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Linear(6, 4).double()
+
+
+OPTIONS = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "weighted": {"weight": torch.tensor([1.0, 2.0, 0.5, 1.0]).double(), "label_smoothing": 0.1},
+    "reference": {"backend": "reference"},
+}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    group = dist.group.WORLD
+    x, target = (t.split(COUNTS)[rank] for t in whole_batch())
+    model = DistributedDataParallel(network())
+    results = {}
+    for name, options in OPTIONS.items():
+        model.zero_grad()
+        value = ck.fused_cmi_loss(model(x), target, process_group=group, **options)  # type: ignore[arg-type]
+        value.backward()
+        results[name] = (value.detach(), model.module.weight.grad.clone())
+    model.zero_grad()
+    spectrum = ck.cmi_spectrum(model(x), target, process_group=group)
+    spectrum.logsumexp(0).backward()
+    results["spectrum"] = (spectrum.detach(), model.module.weight.grad.clone())
+    results["centroids"] = ck.class_centroids(model(x), target, process_group=group)
+    module = ck.CMIMLoss(process_group=group)
+    results["module"] = (module(model(x), target).detach(), module(model(x), target).detach())
+    with pytest.raises(ValueError, match=r"reduction.*process_group"):
+        ck.fused_cmi_loss(model(x), target, process_group=group, reduction="none")
+    alone = dist.new_group([0])
+    if rank == 1:
+        with pytest.raises(RuntimeError, match="process_group does not contain this process"):
+            ck.fused_cmi_loss(x[:, :4], target, process_group=alone)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, tuple[Tensor, Tensor]]]:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        mp.spawn(worker, (folder,), nprocs=WORLD)
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def expected(name: str) -> tuple[Tensor, Tensor]:
+    """The same on one process that sees the whole batch."""
+    x, target = whole_batch()
+    model = network()
+    if name == "spectrum":
+        value = ck.cmi_spectrum(model(x), target)
+        value.logsumexp(0).backward()
+    else:
+        value = ck.fused_cmi_loss(model(x), target, **OPTIONS[name])  # type: ignore[arg-type]
+        value.backward()
+    return value.detach(), model.weight.grad  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "spectrum"])
+def test_values_and_averaged_gradients(results: list[dict[str, tuple[Tensor, Tensor]]], name: str) -> None:
+    value, gradient = expected(name)
+    for rank in range(WORLD):
+        torch.testing.assert_close(results[rank][name][0], value)
+        torch.testing.assert_close(results[rank][name][1], gradient)
+
+
+def test_centroids_and_counts(results: list[dict[str, tuple[Tensor, Tensor]]]) -> None:
+    x, target = whole_batch()
+    centroids, counts = ck.class_centroids(network()(x), target)
+    for rank in range(WORLD):
+        torch.testing.assert_close(results[rank]["centroids"][0], centroids)
+        assert torch.equal(results[rank]["centroids"][1], counts)
+
+
+def test_module(results: list[dict[str, tuple[Tensor, Tensor]]]) -> None:
+    for rank in range(WORLD):
+        torch.testing.assert_close(results[rank]["module"][0], expected("mean")[0])
+
+
+def test_without_a_process_group_initialised() -> None:
+    with pytest.raises(RuntimeError, match=r"process_group.*initialised"):
+        ck.fused_cmi_loss(torch.randn(2, 3), torch.tensor([0, 1]), process_group=object())  # type: ignore[arg-type]
