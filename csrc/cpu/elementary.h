@@ -20,7 +20,7 @@ CMIM_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   p = p * r + 0x1.55548ep-3f;
   p = p * r + 0.5f;
   p = p * (r * r) + r + 1.0f;
-  const Vec<float> y = bits<Vec<float>>(bits<Int<float>>(p) + (bits<Int<float>>(shifted) << 23));
+  const Vec<float> y = bits<Vec<float>>(bits<Unsigned<float>>(p) + (bits<Unsigned<float>>(shifted) << 23));
   return x < -87.0f ? Vec<float>{} : y;
 }
 CMIM_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
@@ -35,13 +35,14 @@ CMIM_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
                                           1.0 / 24,        1.0 / 6,        1.0 / 2};
   for (double c : inverse_factorial) p = p * r + c;
   p = p * (r * r) + r + 1.0;
-  const Vec<double> y = bits<Vec<double>>(bits<Int<double>>(p) + (bits<Int<double>>(shifted) << 52));
+  const Vec<double> y =
+      bits<Vec<double>>(bits<Unsigned<double>>(p) + (bits<Unsigned<double>>(shifted) << 52));
   return x < -708.0 ? Vec<double>{} : y;
 }
 
 // log(x) for normal x > 0; NaN for NaN; a finite number of no meaning for zero and subnormal x.
 CMIM_INLINE Vec<float> log_positive(Vec<float> x) {
-  const Int<float> ix = bits<Int<float>>(x) - 0x3f3504f3;  // 1/sqrt(2)
+  const Int<float> ix = bits<Int<float>>(bits<Unsigned<float>>(x) - 0x3f3504f3u);  // 1/sqrt(2)
   const Int<float> exponent = ix >> 23;
   const Vec<float> f = bits<Vec<float>>((ix & 0x7fffff) + 0x3f3504f3) - 1.0f;
   const Vec<float> n = __builtin_convertvector(exponent, Vec<float>);
@@ -58,7 +59,7 @@ CMIM_INLINE Vec<float> log_positive(Vec<float> x) {
 }
 CMIM_INLINE Vec<double> log_positive(Vec<double> x) {
   const int64_t half_root = 0x3fe6a09e667f3bcd;
-  const Int<double> ix = bits<Int<double>>(x) - half_root;
+  const Int<double> ix = bits<Int<double>>(bits<Unsigned<double>>(x) - uint64_t(half_root));
   const Int<double> exponent = ix >> 52;
   const Vec<double> f = bits<Vec<double>>((ix & 0xfffffffffffff) + half_root) - 1.0;
   const Vec<double> n = __builtin_convertvector(exponent, Vec<double>);

@@ -171,7 +171,10 @@ struct Plan {
     job.kl = kl.data();
   }
 
-  bool alone(size_t c) const { return !job.has_cmi || (groups.count(c) == 1 && !job.centroids); }
+  // Clusters without any CMI, for which the cross entropy is all there is.
+  bool alone(size_t c) const {
+    return !job.has_cmi || (!job.centroids && (groups.count(c) == 1 || q.classes == 1));
+  }
 
   Cluster cluster(size_t c) const {
     return {groups.rows.data() + groups.begin[c], groups.count(c), groups.labels[c]};

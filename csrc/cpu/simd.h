@@ -31,17 +31,21 @@ struct Simd<float> {
   static constexpr int width = kVectorBytes / 4;
   typedef float V __attribute__((vector_size(kVectorBytes)));
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t U __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct Simd<double> {
   static constexpr int width = kVectorBytes / 8;
   typedef double V __attribute__((vector_size(kVectorBytes)));
   typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t U __attribute__((vector_size(kVectorBytes)));
 };
 template <class T>
 using Vec = typename Simd<T>::V;
 template <class T>
 using Int = typename Simd<T>::I;
+template <class T>
+using Unsigned = typename Simd<T>::U;  // wraps around
 
 // The 16-bit types are only storage: their bits.
 struct Bf16 {
