@@ -109,7 +109,7 @@ def main() -> None:
     for table in tables.values():
         print(f"\n{table}")
     if options.update:
-        update(options.update, tables, tables)
+        update(options.update, tables)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Result]], str]]] = {
     "size": ("size", size_table),
     "step": ("step", step_table),
 }
+# errors.py and ceilings.py write the last ones
+KNOWN = (*TABLES, "errors-collapse", "errors-regimes", "errors-machine", "ceilings")
 
 
 def by_device(results: list[Result]) -> dict[str, list[Result]]:
@@ -195,12 +197,12 @@ def tables(results: list[Result]) -> dict[str, str]:
     return parts
 
 
-def update(path: Path, parts: dict[str, str], known: Iterable[str]) -> None:
-    """Puts the parts between their marks in a document, which may hold marks of `known` parts only."""
+def update(path: Path, parts: dict[str, str]) -> None:
+    """Puts the parts between their marks in a document."""
     text = path.read_text()
     for name in re.findall(r"<!-- benchmarks: ([\w-]+) -->", text):
-        if name.removeprefix("cuda-") not in known:
-            raise SystemExit(f"{path} asks for the unknown table {name!r}; there are {', '.join(known)}")
+        if name.removeprefix("cuda-") not in KNOWN:
+            raise SystemExit(f"{path} asks for the unknown table {name!r}; there are {', '.join(KNOWN)}")
         if name in parts:
             start = f"<!-- benchmarks: {name} -->\n"
             before, _, rest = text.partition(start)
@@ -334,7 +336,7 @@ def main() -> None:
     for name, table in parts.items():
         print(f"## {name}\n\n{table}\n")
     for path in options.update:
-        update(path, parts, TABLES)
+        update(path, parts)
     for prefix, here in by_device(results).items():
         for kind, (name, plot) in PLOTS.items():
             if of_kind(here, kind):
