@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,10 +21,10 @@ from cmim_kernels.audit import (
     AuditData,
     AuditReport,
     StudentTraining,
-    attacks,
     audit,
     load_audit_data,
     mlp,
+    registered_attacks,
     to_markdown,
 )
 from cmim_kernels.audit.__main__ import main
@@ -171,9 +172,9 @@ def test_students_of_any_kind() -> None:
 
 def test_every_attack_runs_and_the_report_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = audit(data(), STUDENT, seeds=3, training=FAST, out=tmp_path)
-    assert list(report.results) == list(attacks())
+    assert list(report.results) == list(registered_attacks())
     for name, by_teacher in report.results.items():
-        controlled = attacks()[name].queries == "none"
+        controlled = registered_attacks()[name].queries == "none"
         assert list(by_teacher) == ["bayes", "noise", *([LABELS_ONLY] if controlled else [])]
         assert all(len(accuracies) == 3 for accuracies in by_teacher.values())
     assert set(report.baselines) == {"0", "0.05", "0.1", "0.2", "0.3", "0.5"}
@@ -425,7 +426,7 @@ def test_command_line_of_the_module() -> None:
         text=True,
         check=True,
     )
-    assert len(result.stdout.splitlines()) == len(attacks())
+    assert len(result.stdout.splitlines()) == len(registered_attacks())
     assert "kd-t10       published" in result.stdout
 
 
@@ -464,3 +465,32 @@ def test_no_such_file_or_student(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([str(file), "--student", "nowhere:make"]) == 2
     assert "--student 'nowhere:make'" in capsys.readouterr().err
     assert main([]) == 2
+
+
+def test_the_documents_code_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import cmim_kernels.audit as package
+
+    text = (Path(__file__).parent.parent / "docs" / "undistillability.md").read_text()
+    inputs, labels = torch.randn(20, 64), torch.arange(20) % 10
+    names: dict[str, Any] = {
+        "torch": torch,
+        "inputs": inputs,
+        "labels": labels,
+        "teacher_logits": torch.randn(20, 10),
+        "logits": torch.randn(20, 10),
+        "test_inputs": inputs,
+        "test_labels": labels,
+        "model": nn.Linear(64, 10),
+        "loader": [(inputs, labels)],
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        package, "audit", lambda *a: audit(*a, attacks=["mse"], training=FAST, progress=False)
+    )
+    monkeypatch.setattr("cmim_kernels.audit.attacks._REGISTRY", dict(registered_attacks()))
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block, names)
+    assert load_audit_data(tmp_path / "teacher.pt").num_classes == 10
+    assert set(names["report"].results) == {"mse"}

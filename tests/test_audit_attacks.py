@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmim_kernels.audit import Attack, attacks, register_attack
+from cmim_kernels.audit import Attack, register_attack, registered_attacks
 from cmim_kernels.audit.attacks import (
     amplify,
     class_means,
@@ -78,21 +78,21 @@ def published(name: str, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
     raise KeyError(name)
 
 
-PUBLISHED = [name for name, attack in attacks().items() if attack.threat == "published"]
+PUBLISHED = [name for name, attack in registered_attacks().items() if attack.threat == "published"]
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "extra-soft"])
 def test_the_loss_is_the_papers(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
     student, teacher, labels = batch
-    loss = attacks()[name].loss(student, teacher, labels)
+    loss = registered_attacks()[name].loss(student, teacher, labels)
     expected = torch.stack([published(name, *one) for one in zip(student, teacher, labels, strict=True)])
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("name", list(attacks()))
+@pytest.mark.parametrize("name", list(registered_attacks()))
 def test_students_do_not_see_one_another(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
     student, teacher, labels = batch
-    attack = attacks()[name]
+    attack = registered_attacks()[name]
     if attack.prepare is not None:
         prepared = attack.prepare(teacher, labels)
         alone = attack.prepare(teacher[1:2], labels[1:2])
@@ -107,10 +107,10 @@ def test_students_do_not_see_one_another(name: str, batch: tuple[Tensor, Tensor,
     assert grad[0].count_nonzero() == grad[2].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("name", list(attacks()))
+@pytest.mark.parametrize("name", list(registered_attacks()))
 def test_extreme_logits_stay_finite(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
     _, teacher, labels = batch
-    attack = attacks()[name]
+    attack = registered_attacks()[name]
     for scale in (0.0, 300.0):
         student = torch.randn(R, B, C, generator=torch.Generator().manual_seed(1)).requires_grad_()
         logits = scale * teacher.float()
@@ -167,7 +167,7 @@ def test_helpers(batch: tuple[Tensor, Tensor, Tensor]) -> None:
 
 
 def test_registry() -> None:
-    named = attacks()
+    named = registered_attacks()
     assert all(attack.paper for attack in named.values())
     assert [attack.name for attack in resolve_attacks(["dkd-b1", "kd-t4"])] == ["dkd-b1", "kd-t4"]
     assert [attack.name for attack in resolve_attacks(None)] == list(named)

@@ -1,6 +1,6 @@
 """Is this model undistillable? Knockoff students under many attacks, against the LS student."""
 
-from .attacks import Attack, attacks, register_attack
+from .attacks import Attack, register_attack, registered_attacks
 from .data import AuditData, load_audit_data
 from .render import plot_audit, to_markdown
 from .report import AuditReport
@@ -12,11 +12,11 @@ __all__ = [
     "AuditData",
     "AuditReport",
     "StudentTraining",
-    "attacks",
     "audit",
     "load_audit_data",
     "mlp",
     "plot_audit",
     "register_attack",
+    "registered_attacks",
     "to_markdown",
 ]

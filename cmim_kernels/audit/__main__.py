@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-from .attacks import attacks
+from .attacks import registered_attacks
 from .data import AuditData, load_audit_data
 from .render import to_markdown
 from .run import audit
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0 done, 2 bad input."""
     options = _parser().parse_args(arguments)
     if options.list:
-        for attack in attacks().values():
+        for attack in registered_attacks().values():
             print(f"{attack.name:12} {attack.threat:10} {attack.paper}")
         return 0
     if options.file is None:

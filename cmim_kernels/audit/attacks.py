@@ -78,7 +78,7 @@ def register_attack(attack: Attack) -> Attack:
     return attack
 
 
-def attacks() -> dict[str, Attack]:
+def registered_attacks() -> dict[str, Attack]:
     """Every registered attack by name, in order of registration."""
     return dict(_REGISTRY)
 

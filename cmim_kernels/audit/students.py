@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,14 @@ def mlp(inputs: int, hidden: Sequence[int], classes: int) -> StudentFactory:
     return make
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's generators for a while, and leaves them as they were."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
 class Students:
     """R = copies * seeds students with stacked weights. Copies of one seed start from the same weights.
 
@@ -72,8 +81,7 @@ class Students:
     ) -> None:
         modules = []
         for seed in seeds:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
+            with seeded(seed):
                 modules.append(factory().to(device))
         for name, module in modules[0].named_modules():
             if isinstance(module, _BatchNorm) and module.track_running_stats:
@@ -112,8 +120,7 @@ class Students:
         self._module.train()
         optimiser = torch.optim.AdamW(self.parameters(), lr=training.lr, weight_decay=training.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, training.steps)
-        with torch.random.fork_rng():
-            torch.manual_seed(self._seeds[0])  # for dropout
+        with seeded(self._seeds[0]):  # for dropout
             for _ in range(training.steps):
                 optimiser.zero_grad()
                 step_loss().sum().backward()

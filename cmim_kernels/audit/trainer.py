@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attacks import Attack, cross_entropy
 from .data import LABELS_ONLY, AuditData
-from .students import StudentFactory, Students, StudentTraining, batches, take
+from .students import StudentFactory, Students, StudentTraining, batches, seeded, take
 
 _MIXUP_QUERIES = 4  # mixtures asked for, per row of the attacker's own
 _MIXUP_BETA = 0.4  # MixKD draws the share of a mixture from Beta(a, a)
@@ -126,8 +126,7 @@ class Trainer:
         """Mixtures of two of the attacker's inputs each, (S, 4 N, ...)."""
         mixed = []
         for seed, inputs in zip(self.seeds, self.inputs, strict=True):
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
+            with seeded(seed):
                 count = _MIXUP_QUERIES * inputs.shape[0]
                 share = torch.distributions.Beta(_MIXUP_BETA, _MIXUP_BETA).sample((count,)).to(inputs)
                 pair = torch.randint(inputs.shape[0], (2, count)).to(inputs.device)
