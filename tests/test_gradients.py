@@ -156,3 +156,67 @@ def test_a_label_out_of_range_under_a_transform_is_never_silent() -> None:
     """No value can be read there, so that nothing can be raised; the loss says so instead."""
     function = lambda z: ck.cmi_spectrum(z, torch.tensor([0, 9])).sum()  # noqa: E731
     assert torch.func.grad(function)(torch.randn(2, 3)).isnan().any()
+
+
+class TestFormulas:
+    """The boxed formulas of docs/math.md, written out, are what autograd makes of the definition."""
+
+    a = 0.75
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """logits (N, C), one-hot cluster membership (N, C), P, Q_{y_i} and r, each (N, C)."""
+        logits, target = regime("random").make(torch.float64)
+        member = torch.nn.functional.one_hot(target, logits.shape[1]).double()
+        p = torch.softmax(self.a * logits, -1)
+        q = member @ (member.T @ p / member.sum(0).clamp(min=1)[:, None])
+        return logits, member, p, q, (p / q).log()
+
+    def through_softmax(self, p: Tensor, g: Tensor) -> Tensor:
+        """Equation (1)."""
+        return self.a * p * (g - (p * g).sum(-1, keepdim=True))
+
+    def autograd(self, logits: Tensor, member: Tensor, upstream: Tensor, **kwargs: object) -> Tensor:
+        leaf = logits.clone().requires_grad_()
+        value = ck.fused_cmi_loss(
+            leaf, member.argmax(1), temperatures=[1 / self.a], backend="reference", **kwargs
+        )  # type: ignore[arg-type]
+        return torch.autograd.grad(value, leaf, upstream)[0]
+
+    def test_batch_centroids(self) -> None:
+        logits, member, p, _, r = self.parts()
+        expected = self.through_softmax(p, r) / len(logits)
+        got = self.autograd(logits, member, torch.tensor(1.0).double(), ce_weight=0.0)
+        torch.testing.assert_close(got, expected)
+
+    def test_given_centroids(self) -> None:
+        logits, member, p, _, _ = self.parts()
+        centroids = torch.rand(1, 10, 10, dtype=torch.float64)  # rows need not sum to one
+        upstream = torch.rand(len(logits), dtype=torch.float64)
+        expected = self.through_softmax(p, (p / (member @ centroids[0])).log()) * upstream[:, None]
+        got = self.autograd(logits, member, upstream, ce_weight=0.0, centroids=centroids, reduction="none")
+        torch.testing.assert_close(got, expected)
+
+    def test_rows(self) -> None:
+        logits, member, p, q, r = self.parts()
+        g = torch.rand(len(logits), 1, dtype=torch.float64)
+        counts = member.sum(0).clamp(min=1)[:, None]
+        ratio = member @ (member.T @ (g * p) / counts) / q
+        expected = self.through_softmax(p, g * r - ratio)
+        got = self.autograd(logits, member, g[:, 0], ce_weight=0.0, reduction="none")
+        torch.testing.assert_close(got, expected)
+        without_constant = g * r - member @ (member.T @ (g * (p / q - 1)) / counts)
+        torch.testing.assert_close(self.through_softmax(p, without_constant), expected)
+
+    def test_cross_entropy(self) -> None:
+        logits, member, _, _, _ = self.parts()
+        c = logits.shape[1]
+        v, smoothing = 0.5 + torch.rand(c, dtype=torch.float64), 0.3
+        own = (1 - smoothing) * (member @ v)[:, None]
+        expected = (
+            torch.softmax(logits, -1) * (own + smoothing / c * v.sum()) - own * member - smoothing / c * v
+        )
+        upstream = torch.rand(len(logits), dtype=torch.float64)
+        got = self.autograd(
+            logits, member, upstream, cmi_weight=0.0, weight=v, label_smoothing=smoothing, reduction="none"
+        )
+        torch.testing.assert_close(got, expected * upstream[:, None])
