@@ -66,7 +66,7 @@ def collapse_table(backend: str, device: str) -> str:
 
 def regime_table(backend: str, device: str) -> str:
     """The whole loss: worst relative error of value and gradient over seeds, fused / plain."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     if backend == "triton":
         dtypes = dtypes[:3]
     header = [f"{str(d).removeprefix('torch.')}: {what}" for d in dtypes for what in ("value", "gradient")]
