@@ -213,7 +213,7 @@ def plot(measured: dict[str, Curves], report: AuditReport, path: Path) -> None:
     left.set_ylabel("CMI (nats)")
     left.set_title("Spread of the teachers' output clusters", fontsize=10)
     left.grid(True, which="major", color="0.85", linewidth=0.6)
-    left.legend(fontsize=8, loc="lower left")
+    left.legend(fontsize=8, loc="lower center")
     plot_audit(report, right)
     figure.savefig(path, dpi=150)
 
