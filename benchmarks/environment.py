@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+import cmim_kernels
+
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
@@ -41,6 +43,6 @@ def environment() -> dict[str, object]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "liger_kernel": _version("liger-kernel"),
-        "cmim_kernels": _version("cmim-kernels"),
+        "cmim_kernels": cmim_kernels.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
