@@ -15,10 +15,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import Backend
-from .reference import reference_loss
+from .reference import MEAN, SUM, reference_loss
 
 # ce_weight, cmi_weight, label_smoothing, ignore_index, reduction
 Numbers = tuple[float, float, float, int, int]
+
+_WITH_ONE_UPSTREAM = (MEAN, SUM)
+_WITHOUT_ROUNDING = (torch.float32, torch.float64)
 
 
 def needs_reference() -> bool:
@@ -41,51 +44,63 @@ def differentiable_loss(
         return reference_loss(logits, target, a, w, class_weight, centroids, *numbers)
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return backend.loss(logits, target, a, w, class_weight, centroids, *numbers, False)[0]
-    apply = _TracedLoss.apply if torch.compiler.is_compiling() else _apply_loss
-    value: Tensor = apply(logits, target, class_weight, centroids, (backend, a, w, numbers))
+    call = (backend, a, w, numbers)
+    value: Tensor
+    if (
+        backend.SAVED_IS_GRADIENT
+        and numbers[4] in _WITH_ONE_UPSTREAM
+        and logits.dtype in _WITHOUT_ROUNDING
+        and not torch.compiler.is_compiling()
+    ):
+        value = _apply_owned(logits, target, class_weight, centroids, call)
+    else:
+        value = _SavedLoss.apply(logits, target, class_weight, centroids, call)
     return value
 
 
-class _Loss(torch.autograd.Function):
-    """Eager mode. Inputs: logits, target, class_weight, centroids, (backend, a, w, numbers)."""
+class _OwnedLoss(torch.autograd.Function):
+    """For backends whose forward computes the gradient, of one number, in the logits' dtype. Inputs as
+    `_SavedLoss`.
+
+    The gradient is kept out of autograd's hands, so that it has one owner, and the first backward pass gives
+    it
+    away: uncopied where the upstream gradient is one, as at the root of a graph, else scaled in place. The
+    leaf may keep it as its `.grad`, a hook may write to it: no later pass sees it, each computes the gradient
+    again.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, class_weight: Any, centroids: Any, call: Any
     ) -> Tensor:
         backend, a, w, numbers = call
-        value, saved = backend.loss(logits, target, a, w, class_weight, centroids, *numbers, True)
+        value, ctx.gradient = backend.loss(logits, target, a, w, class_weight, centroids, *numbers, True)
         ctx.call = call
-        if backend.SAVED_IS_GRADIENT:
-            # Kept out of autograd's hands, `saved` has one owner, which may give it away.
-            ctx.gradient = saved
-            ctx.save_for_backward(logits, target, class_weight, centroids)
-        else:
-            ctx.save_for_backward(logits, target, class_weight, centroids, saved)
+        ctx.save_for_backward(logits, target, class_weight, centroids)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        backend, a, w, numbers = ctx.call
-        logits, target, class_weight, centroids, *rest = ctx.saved_tensors
-        arguments = (logits, target, a, w, class_weight, centroids, *numbers)
+        gradient, ctx.gradient = ctx.gradient, None
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            return _reference_gradient(grad, *arguments), None, None, None, None
-        if rest:
-            saved = rest[0]
-        else:
-            saved, ctx.gradient = ctx.gradient, None
-            if saved is None:  # an earlier pass through this graph has given it away
-                saved = grad.new_empty(0)
-        return backend.loss_backward(grad, saved, *arguments), None, None, None, None
+            gradient = _reference_gradient(grad, *_arguments(ctx.saved_tensors, ctx.call))
+        elif gradient is None or type(grad) is not Tensor:  # given away before, or a tracer's tensor
+            saved = grad.new_empty(0) if gradient is None else gradient
+            gradient = ctx.call[0].loss_backward(grad, saved, *_arguments(ctx.saved_tensors, ctx.call))
+        elif not (grad.is_cpu and grad.item() == 1.0):
+            gradient.mul_(grad)
+        return gradient, None, None, None, None
 
 
 # Function.apply but for its care for the transforms of torch.func, which do not get here: 2 us of 40.
-_apply_loss = super(torch.autograd.Function, _Loss).apply
+_apply_owned = super(torch.autograd.Function, _OwnedLoss).apply
 
 
-class _TracedLoss(torch.autograd.Function):
-    """Under torch.compile, where tensors have no owners and double backward is refused by the compiler."""
+class _SavedLoss(torch.autograd.Function):
+    """For everything else.
+
+    Inputs: logits, target, class_weight, centroids, (backend, a, w, numbers).
+    """
 
     @staticmethod
     def forward(
@@ -99,10 +114,24 @@ class _TracedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        backend, a, w, numbers = ctx.call
-        logits, target, class_weight, centroids, saved = ctx.saved_tensors
-        arguments = (logits, target, a, w, class_weight, centroids, *numbers)
-        return backend.loss_backward(grad, saved, *arguments), None, None, None, None
+        *inputs, saved = ctx.saved_tensors
+        arguments = _arguments(inputs, ctx.call)
+        if not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        ):
+            result = _reference_gradient(grad, *arguments)
+        else:
+            result = ctx.call[0].loss_backward(grad, saved, *arguments)
+        return result, None, None, None, None
+
+
+def _arguments(
+    inputs: Sequence[Any], call: tuple[Backend, Sequence[float], Sequence[float], Numbers]
+) -> list[Any]:
+    """As `reference_loss` and the operators take them."""
+    logits, target, class_weight, centroids = inputs
+    _, a, w, numbers = call
+    return [logits, target, a, w, class_weight, centroids, *numbers]
 
 
 def _reference_gradient(grad: Tensor, logits: Tensor, *arguments: Any) -> Tensor:

@@ -201,15 +201,16 @@ def _translated(error: RuntimeError) -> Exception:
 
 
 def _check_batch(logits: Tensor, target: Tensor) -> None:
+    """One expression for what nearly always holds; `_bad_batch` finds out what does not."""
     if not (
         isinstance(logits, Tensor)
         and isinstance(target, Tensor)
         and logits.dtype in _DTYPES
         and target.dtype is torch.int64
-        and logits.dim() == 2
-        and target.dim() == 1
-        and logits.size(0) == target.size(0)
-        and logits.size(1) > 0
+        and len(shape := logits.shape) == 2
+        and len(rows := target.shape) == 1
+        and shape[0] == rows[0]
+        and shape[1] > 0
         and ((logits.is_cpu and target.is_cpu) or logits.device == target.device)
         and logits.layout is torch.strided
     ):
@@ -268,9 +269,10 @@ def checked_numbers(
         cmi_weight = _number("cmi_weight", cmi_weight)
     if type(label_smoothing) is not float or not 0 <= label_smoothing <= 1:
         label_smoothing = _number("label_smoothing", label_smoothing, most=1)
-    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
+    if type(reduction) is not str or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {list(_REDUCTIONS)}, got {reduction!r}")
-    _check_ignore_index(ignore_index)
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        _check_ignore_index(ignore_index)
     return ce_weight, cmi_weight, label_smoothing, ignore_index, _REDUCTIONS[reduction]
 
 

@@ -11,6 +11,7 @@ from conftest import Place
 from torch import Tensor
 
 import cmim_kernels as ck
+from cmim_kernels.backends import cpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -101,6 +102,25 @@ class TestTheGradientHasOneOwner:
         assert first.abs().max() > 0
         torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(third, first, rtol=1e-5, atol=1e-8)
+
+    def test_no_copy_is_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What the kernel wrote is what the leaf gets."""
+        written = []
+
+        def recording(*args: object) -> tuple[Tensor, Tensor]:
+            value, saved = kernel(*args)
+            written.append(saved.data_ptr())
+            return value, saved
+
+        kernel = cpu.loss
+        monkeypatch.setattr(cpu, "loss", recording)
+        logits, target = regime("random").make()
+        leaf = logits.clone().requires_grad_()
+        for factor in (1.0, 3.0):
+            leaf.grad = None
+            (factor * ck.fused_cmi_loss(leaf, target, backend="cpu")).backward()
+            assert leaf.grad is not None
+            assert leaf.grad.data_ptr() == written[-1]
 
     def test_accumulation(self, place: Place) -> None:
         """`.grad += ` in place, on memory that once was the saved gradient."""

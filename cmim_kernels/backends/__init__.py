@@ -22,8 +22,9 @@ class Backend(Protocol):
 
     NAME: str
 
-    # True if `saved` may be the finished gradient, which `loss_backward` hands out or overwrites. Then it is
-    # given once: any later backward pass through the same graph gets an empty tensor, and computes again.
+    # True if for reduction mean and sum `saved` is the gradient (N, C) for an upstream gradient of one, in
+    # the compute dtype. It may then be given away: `loss_backward` gets an empty tensor instead, and computes
+    # again.
     SAVED_IS_GRADIENT: bool
 
     def unusable(self) -> str | None:

@@ -38,8 +38,8 @@ _WHY_UNUSABLE = _load()
 if _WHY_UNUSABLE is None:
     # Resolved once: looking an overload up takes as long as a call's checks.
     loss = torch.ops.cmim_kernels.loss.default
+    loss_backward = torch.ops.cmim_kernels.loss_backward.default
     class_centroids = torch.ops.cmim_kernels.class_centroids.default
-    _loss_backward = torch.ops.cmim_kernels.loss_backward.default
 
 
 def unusable() -> str | None:
@@ -55,20 +55,6 @@ def refuses(logits: Tensor, temperatures: int) -> str | None:
 def saved_shape(logits: Tensor, temperatures: int, reduction: int, save: bool) -> tuple[int, ...]:
     """(N, C) if there is a gradient to keep, else (0,)."""
     return tuple(logits.shape) if save and reduction in (MEAN, SUM) else (0,)
-
-
-def loss_backward(grad: Tensor, saved: Tensor, logits: Tensor, *args: object) -> Tensor:
-    """`torch.ops.cmim_kernels.loss_backward`; in eager mode `saved` itself becomes the result where it can.
-
-    Nobody else holds `saved` and it is given only once (`SAVED_IS_GRADIENT`), so that it may be scaled in
-    place, kept by the leaf as its `.grad`, or changed by a hook, without any later backward pass seeing that.
-    An upstream gradient of one, the usual case, costs no pass over the data at all. Reading it is free on
-    this device.
-    """
-    in_place = saved.dtype is logits.dtype and saved.numel() > 0 and type(grad) is Tensor
-    if torch.compiler.is_compiling() or not in_place:
-        return _loss_backward(grad, saved, logits, *args)
-    return saved if grad.item() == 1.0 else saved.mul_(grad)
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
