@@ -34,7 +34,9 @@ struct Narrow : Rows<float> {
   V* acc;                         // (n, K) sums in lanes: for s, then for KL
   double* sum;                    // (n, K)
   float *pbar, *L;                // (slots, K, cols) Pbar; log1p(vbar)
-  float top = 0;                  // max zbar
+  float* one;                     // (Cp) exp(zbar - max zbar)
+  double one_sum = 0;
+  float top = 0;  // max zbar
 
   Narrow(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Rows(j, cl), slots(whole ? tiles : 1) {
     Layout layout{0};
@@ -44,7 +46,8 @@ struct Narrow : Rows<float> {
     fill();
   }
   void place(Layout& layout) {
-    Rows::place(layout, false);
+    Rows::place(layout, job.has_ce);
+    layout.take(one, job.has_ce ? Cp : 0);
     layout.take(center, Cp), layout.take(ebar, Cp), layout.take(weight, Cp);
     layout.take(sbar, K), layout.take(inv_sbar, K), layout.take(m, K);
     layout.take(mix, n * K), layout.take(off, n * K + W), layout.take(shift, n), layout.take(spread, n);
@@ -107,6 +110,12 @@ struct Narrow : Rows<float> {
       }
     });
     for (int k = 0; k < K; ++k) inv_sbar[k] = float(1 / sbar[k]);
+    one_sum = 0;
+    for (int64_t j = 0; job.has_ce && j < Cp; j += W) {
+      const V y = exp_nonpositive(load<V>(center + j) - top);
+      store(one + j, y);
+      one_sum += double(sum_lanes<float>(y));
+    }
     for (int64_t j = 0; j < Cp; j += W)
       store(weight + j, power<float>(load<V>(ebar + j), job.power0 + K - 1) * inv_sbar[K - 1]);
   }
@@ -204,8 +213,9 @@ struct Narrow : Rows<float> {
     }
     for (int64_t i = 0; i < n; ++i) {
       double* const s = sum + i * K;
+      const double s_ce = job.has_ce ? one_sum * (1 + s[job.ce_index]) : 0;
       for (int k = 0; k < K; ++k) s[k] = sbar[k] * (1 + s[k]);
-      set_row(i, s, job.has_ce ? s[job.ce_index] : 0, double(top) + double(shift[i]), 1.0);
+      set_row(i, s, s_ce, double(top) + double(shift[i]), 1.0);
       for (int k = 0; k < K; ++k) s[k] = 0;
     }
     for (int64_t at = 0; at < n * K; at += W) store(off + at, log1p_small(load<V>(off + at)));
@@ -282,18 +292,6 @@ struct Narrow : Rows<float> {
   }
 
   void summarise(int64_t i) {
-    if (job.has_ce && job.grad) {
-      // the powers of E carry its rounding eight times over; a softmax that sums to one keeps that from the
-      // dominating classes
-      const float* const e = E + i * Cp;
-      V part{};
-      double s_ce = 0;
-      for (int64_t j = 0; j < Cp; j += W) {
-        part += power<float>(load<V>(e + j), job.power0 + job.ce_index);
-        if ((j / W) % kFlushVectors == 0) s_ce += double(sum_lanes<float>(part)), part = V{};
-      }
-      r_ce[i] = float(1 / (s_ce + double(sum_lanes<float>(part))));
-    }
     double total = 0;
     for (int k = 0; k < K; ++k) {
       const double kl = sum[i * K + k] * double(r[i * K + k]);
@@ -340,7 +338,7 @@ struct Narrow : Rows<float> {
     }
     each(team, n, [&](int64_t i) {
       summarise(i);
-      if (job.grad) write_gradient<Source::chain>(i);
+      if (job.grad) write_gradient<Source::chain, true>(i, one);
     });
     return true;
   }

@@ -198,7 +198,8 @@ void entropy_row(const Job& job, int64_t row, int64_t label, Workspace& ws) {
     write_row<T>(job, row, [&](int64_t) { return V{}; });
     return;
   }
-  const double at_label = double(scale) * double(x[label]) - e.one_hot - e.smooth * class_weight(job, label);
+  const double at_label =
+      e.probability * (double(x[label]) / sum) - e.one_hot - e.smooth * class_weight(job, label);
   for (int64_t j = 0; j < Cp; j += W) store(x + j, load<V>(x + j) * scale);
   subtract_smooth(job, e, x);
   write_row<T>(job, row, [&](int64_t j) { return load<V>(x + j); });

@@ -172,6 +172,18 @@ struct Rows {
     }
   }
 
+  // softmax at temperature 1 up to r_ce, at columns j .. of row i, where it is not one of the powers
+  template <bool kCentred>
+  CMIM_INLINE static V unscaled_softmax(const T* x, const T* center_exp, int64_t j) {
+    const V v = load<V>(x + j);
+    if constexpr (kCentred) {
+      const V center = load<V>(center_exp + j);
+      return expm1_small(v) * center + center;
+    } else {
+      return exp_nonpositive(v);
+    }
+  }
+
   bool own_ce() const { return job.has_ce && job.ce_index < 0; }
 
   // sums (K): S_k = sum_j E^(p + k); s_ce = sum_j exp(z - top).
@@ -196,8 +208,8 @@ struct Rows {
   }
 
   // The gradient at the label, before write_gradient changes anything
-  template <Source kSource>
-  double label_entry(int64_t i, const RowEntropy& e, T soft) const {
+  template <Source kSource, bool kCentred>
+  double label_entry(int64_t i, const RowEntropy& e, const T* center_exp) const {
     const int64_t label = cluster.label;
     double value = double(G[i * Cp + label]), ce = 0;
     T ex = T(1);
@@ -212,21 +224,26 @@ struct Rows {
       if (k == job.ce_index) ce = double(ex);
     }
     if (!job.has_ce) return value;
-    if (own_ce()) ce = double(exp_nonpositive(splat(X[i * Cp + label]))[0]);
-    return value + (double(soft) * ce - e.one_hot - e.smooth * class_weight(job, label));
+    if (kCentred || own_ce()) {
+      const int64_t j = label / W * W;
+      ce = double(unscaled_softmax<kCentred>(X + i * Cp, center_exp, j)[label - j]);
+    }
+    return value + (e.probability * double(r_ce[i]) * ce - e.one_hot - e.smooth * class_weight(job, label));
   }
 
   // G - sum_k q_k E^(p + k), and the cross entropy's gradient
-  template <Source kSource>
-  void write_gradient(int64_t i) {
+  // kCentred: X is centred, center_exp (Cp) is the exponential of the centre, and the softmax at temperature
+  // 1 is taken from them, since a power of E carries its rounding several times over.
+  template <Source kSource, bool kCentred = false>
+  void write_gradient(int64_t i, const T* center_exp = nullptr) {
     const int64_t row = cluster.rows[i];
     const RowEntropy e = row_entropy(job, row, cluster.label);
     T* const g = G + i * Cp;
     const T soft = job.has_ce ? T(e.probability) * r_ce[i] : T(0);
-    const double at_label = label_entry<kSource>(i, e, soft);
+    const double at_label = label_entry<kSource, kCentred>(i, e, center_exp);
     subtract_smooth(job, e, g);
-    if (job.has_ce && job.ce_index >= 0) q[i * K + job.ce_index] -= soft;
-    const bool add_ce = own_ce();
+    const bool add_ce = job.has_ce && (kCentred || own_ce());
+    if (job.has_ce && !add_ce) q[i * K + job.ce_index] -= soft;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       T qi[N];
@@ -248,7 +265,7 @@ struct Rows {
           exponentials<kSource, N>(from + j, stride, ai, p, ex);
           for (int k = 0; k < N; ++k) v -= qi[k] * ex[k];
         }
-        if (last && add_ce) v += soft * exp_nonpositive(load<V>(x + j));
+        if (last && add_ce) v += soft * unscaled_softmax<kCentred>(x, center_exp, j);
         return v;
       };
       if (last)
