@@ -29,7 +29,7 @@ $(VENV)/dev.stamp: $(VENV)/torch.stamp $(NATIVE)
 demo: $(VENV)/demo.stamp ## train a digit classifier with cross entropy and with CMIM, compare, plot
 	$(BIN)/python examples/digits.py
 
-test: lint unit interpreter ## lint and every test
+test: lint unit ## lint and every test that needs neither a GPU nor Triton's interpreter
 
 lint: $(VENV)/dev.stamp ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

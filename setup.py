@@ -1,10 +1,10 @@
 """Builds the native libraries of cmim_kernels.
 
-`_cpu.so` and, where there is a CUDA torch and nvcc, `_cuda.so` are plain shared libraries that
+`_cpu.so` and, where it is asked for, `_cuda.so` are plain shared libraries that
 `torch.ops.load_library` loads. They use PyTorch's stable ABI only, so one binary serves every Python and
 every torch from 2.11 on. They are built against the torch of the environment that the package goes into.
 
-Environment variables: CMIM_KERNELS_CUDA=1 or 0 forces the CUDA library on or off; CUDA_ARCH_LIST ("80 90")
+Environment variables: CMIM_KERNELS_CUDA=1 builds the CUDA library too; CUDA_ARCH_LIST ("80 90")
 narrows its architectures; CMIM_KERNELS_WERROR=1 turns warnings into errors; CXX, CXXFLAGS, LDFLAGS, CUDA_HOME
 and MAX_JOBS as usual.
 """
@@ -94,16 +94,14 @@ def find_cuda_home() -> Path | None:
     return next((Path(c) for c in candidates if c and (Path(c) / "bin" / "nvcc").is_file()), None)
 
 
-def wants_cuda(torch: Torch) -> bool:
-    """Decided by CMIM_KERNELS_CUDA, else by CUDA torch and nvcc being there; never by a visible GPU."""
+def wants_cuda() -> bool:
+    """Only by CMIM_KERNELS_CUDA=1 until the kernels have run on a device; never decided by a visible GPU."""
     setting = os.environ.get("CMIM_KERNELS_CUDA", "")
     if setting not in ("", "0", "1"):
         raise SystemExit(f"CMIM_KERNELS_CUDA must be 0, 1 or unset, not {setting!r}.")
     if setting == "1" and find_cuda_home() is None:
         raise SystemExit("CMIM_KERNELS_CUDA=1, but there is no nvcc: set CUDA_HOME or put nvcc on PATH.")
-    if setting:
-        return setting == "1"
-    return torch.cuda is not None and find_cuda_home() is not None and any((CSRC / "cuda").glob("*.cu"))
+    return setting == "1"
 
 
 def cuda_architecture_flags(nvcc: Path) -> list[str]:
@@ -211,7 +209,7 @@ class BuildLibraries(build_ext):
 
     def run(self) -> None:
         self.torch = find_torch()
-        if wants_cuda(self.torch):
+        if wants_cuda():
             self.extensions.append(Extension("cmim_kernels._cuda", sources=[]))
         super().run()
 

@@ -16,7 +16,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 REFERENCE = "reference"
 NATIVE = ("cpu", "cuda", "triton")
 NAMES = ("auto", *NATIVE, REFERENCE)
-_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+# On a GPU the native backends have to be asked for by name: compilers, an emulator and an interpreter have
+# passed them, a device has not yet.
+_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ()}
 
 # Filled on first use, so that importing the package initialises no device.
 _modules: dict[str, Backend] = {}

@@ -246,12 +246,15 @@ def assert_gradient_within_budget(
 
 
 def assert_collapse_accuracy(cmi: Tensor, grad: Tensor, true_cmi: Tensor, true_grad: Tensor) -> None:
-    """Float32 results near collapse: each CMI >= 1e-10 right to 1e-5, and the gradient to 1e-5 in the 2-norm.
+    """Float32 results near collapse: a CMI in [1e-10, 1e-4] right to 1e-5, the gradient to 1e-5 (2-norm).
+
+    A larger CMI is for `assert_within_budget`: there the plain formulation is a yardstick.
 
     cmi () or (K,), grad (N, C) of any combination of the CMI alone (`ce_weight=0`).
     """
     cmi, true_cmi, grad, true_grad = (t.detach().double() for t in (cmi, true_cmi, grad, true_grad))
-    relative = ((cmi - true_cmi).abs() / true_cmi)[true_cmi >= MEASURABLE_CMI]
+    judged = (true_cmi >= MEASURABLE_CMI) & (true_cmi <= COLLAPSED_CMI)
+    relative = ((cmi - true_cmi).abs() / true_cmi)[judged]
     if not (relative <= COLLAPSE_TOLERANCE).all():
         raise AssertionError(f"CMI is off by {float(relative.max()):.2e} (relative), truth {true_cmi}")
     if not (cmi >= 0).all():

@@ -64,5 +64,10 @@ def poison() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def repeatable() -> Iterator[None]:
+    """One seed; and one thread, which small batches are faster on. test_determinism tries several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from calls import OPTIONS, fused, regime, spectrum
@@ -21,13 +19,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def batch(shape: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     n, c, present = SHAPES[shape]
     generator = torch.Generator().manual_seed(1)
@@ -38,7 +29,7 @@ def batch(shape: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("options", ["default", "rows", "centroids"])
-def test_threads_and_runs(place: Place, shape: str, options: str, threads: None) -> None:
+def test_threads_and_runs(place: Place, shape: str, options: str) -> None:
     if place.name != "cpu":
         pytest.skip("torch's own operations, as the reference uses them, promise less; GPUs are tried below")
     chosen = OPTIONS[options]

@@ -23,8 +23,8 @@ from ..reference import MEAN, NONE, SPECTRUM
 from ._triton.plan import (
     MAX_CLASSES,
     MAX_TEMPERATURES,
+    OPTIONS,
     ROWS_OF_SUMS,
-    WARPS,
     Plan,
     Temperatures,
     make_plan,
@@ -69,18 +69,25 @@ def refuses(logits: Tensor, temperatures: int) -> str | None:
 def saved_shape(logits: Tensor, temperatures: int, reduction: int, save: bool) -> tuple[int, ...]:
     """One row of words; see `_triton/plan.py`."""
     n, c = logits.shape
-    return (make_plan(n, c, temperatures).saved if save and n > 0 else 0,)
+    return (make_plan(n, c, temperatures, reduction == NONE, False).saved if save and n > 0 else 0,)
 
 
 class _Call:
     """What the launches of one call share."""
 
-    def __init__(self, logits: Tensor, a: Sequence[float], w: Sequence[float]) -> None:
+    def __init__(
+        self,
+        logits: Tensor,
+        a: Sequence[float],
+        w: Sequence[float],
+        per_row: bool = False,
+        given: bool = False,
+    ) -> None:
         self.logits = logits
         self.n, self.c = logits.shape
         self.k = len(a)
         self.temperatures: Temperatures = temperatures(tuple(a), tuple(w))
-        self.plan: Plan = make_plan(self.n, self.c, self.k)
+        self.plan: Plan = make_plan(self.n, self.c, self.k, per_row, given)
         self.table = table(self.temperatures, logits.device)
         vec = vector(logits)
         self.shape = {"N": self.n, "C": self.c, "K": self.k, "VEC": vec, "col_stride": logits.stride(1)}
@@ -93,15 +100,20 @@ class _Call:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.logits.new_empty(shape, dtype=dtype)
 
-    def launch(self, kernel: str, programs: int, *tensors: Tensor | None, **arguments: Any) -> None:
+    def launch(self, kernel: str, grid: tuple[int, ...], *tensors: Tensor | None, **arguments: Any) -> None:
         """Runs `module.function` of `_triton`, on the logits' device and its current stream."""
         module, function = kernel.split(".")
         compiled = getattr(import_module(f"{__package__}._triton.{module}"), function)
         with torch.cuda.device_of(self.logits):
-            compiled[(programs,)](*tensors, **self.shape, **arguments, num_warps=WARPS)
+            compiled[grid](*tensors, **self.shape, **arguments, **OPTIONS)
 
     def rows(
-        self, target: Tensor, saved: Tensor, ignore_index: int, counters: Tensor | None = None, **arguments: Any
+        self,
+        target: Tensor,
+        saved: Tensor,
+        ignore_index: int,
+        counters: Tensor | None = None,
+        **arguments: Any,
     ) -> None:
         """The first launch, and the sorting of many rows before it."""
         plan, n = self.plan, self.n
@@ -112,7 +124,7 @@ class _Call:
             first, end = torch.searchsorted(key, key), torch.searchsorted(key, key, right=True)
         self.launch(
             "rows.rows_kernel",
-            -(-n // plan.row_block),
+            (-(-n // plan.row_block),),
             *(self.logits, target, order, first, end, arguments.pop("class_weight", None), self.table, saved),
             counters,
             **self.powers,
@@ -145,8 +157,9 @@ def _loss(
     if len(logits) == 0:
         undefined = reduction == SPECTRUM or (reduction == MEAN and (ce_weight != 0 or cmi_weight != 0))
         return value.fill_(float("nan") if undefined else 0.0), nothing
-    call = _Call(logits, inverse_temperatures, temperature_weights)
-    plan, n, c, k = call.plan, call.n, call.c, call.k
+    given = centroids is not None
+    call = _Call(logits, inverse_temperatures, temperature_weights, reduction == NONE, given)
+    plan, n, k = call.plan, call.n, call.k
     has_ce, has_cmi = _terms(ce_weight, cmi_weight, reduction)
     tiles, chunk = (plan.tiles, plan.chunk) if has_cmi else (1, ROWS_OF_SUMS)
     chunks = -(-n // chunk)
@@ -160,21 +173,21 @@ def _loss(
         class_weight=class_weight,
         HAS_CE=has_ce,
         HAS_CMI=has_cmi,
-        SOLO=centroids is not None,
+        SOLO=given,
         SMOOTH=label_smoothing > 0,
         smoothing=label_smoothing,
     )
-    large = plan.large if has_cmi and centroids is None else 0
+    large = plan.large if has_cmi else 0
     large_masses = None
     if large:
         large_masses = call.empty(plan.slots, tiles, k)
         _large_sums(call, saved, large, None, large_masses, None)
     call.launch(
         "forward.forward_kernel",
-        chunks * tiles,
+        (chunks, tiles),
         *(logits, centroids, call.table, saved),
         call.empty(2, tiles, n, k) if has_cmi else None,
-        None if centroids is None else call.empty(tiles, n, k, dtype=torch.float64),
+        call.empty(tiles, n, k, dtype=torch.float64) if given and has_cmi else None,
         large_masses,
         call.empty(chunks, call.temperatures.padded + 3, dtype=torch.float64),
         *(counters, value),
@@ -187,7 +200,7 @@ def _loss(
         REDUCTION=reduction,
         HAS_CE=has_ce,
         HAS_CMI=has_cmi,
-        GIVEN=centroids is not None,
+        GIVEN=given,
         LARGE=large,
         CHUNK=chunk,
         FR=max(1, ROWS_OF_SUMS * 8 // call.temperatures.padded),
@@ -213,20 +226,21 @@ def _loss_backward(
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if len(logits) == 0:
         return out
-    call = _Call(logits, inverse_temperatures, temperature_weights)
+    given = centroids is not None
+    call = _Call(logits, inverse_temperatures, temperature_weights, reduction == NONE, given)
     plan, n, k = call.plan, call.n, call.k
     has_ce, has_cmi = _terms(ce_weight, cmi_weight, reduction)
-    large = plan.large if has_cmi and centroids is None else 0
+    large = plan.large if has_cmi else 0
     large_pulls = pull_parts = None
     stride = grad.stride(0) if grad.dim() else 0
-    if reduction == NONE and has_cmi and centroids is None:
+    if reduction == NONE and has_cmi and not given:
         if large:
             large_pulls = call.empty(plan.slots, k, call.c)
             _large_sums(call, saved, large, grad, None, large_pulls)
         pull_parts = call.empty(plan.tiles, n, k)
         call.launch(
             "backward.pull_kernel",
-            plan.chunks * plan.tiles,
+            (plan.chunks, plan.tiles),
             *(logits, call.table, saved, grad, large_pulls, pull_parts),
             **call.powers,
             **call.tile,
@@ -238,7 +252,7 @@ def _loss_backward(
     out_vec = vector(out)
     call.launch(
         "backward.gradient_kernel",
-        plan.chunks * plan.tiles,
+        (plan.chunks, plan.tiles),
         *(logits, centroids, class_weight, call.table, saved, grad, large_pulls, pull_parts, out),
         **call.powers,
         **call.tile,
@@ -252,7 +266,7 @@ def _loss_backward(
         REDUCTION=reduction,
         HAS_CE=has_ce,
         HAS_CMI=has_cmi,
-        GIVEN=centroids is not None,
+        GIVEN=given,
         SMOOTH=label_smoothing > 0,
         LARGE=large,
         CHUNK=plan.chunk,
@@ -276,7 +290,7 @@ def _class_centroids(
     )  # fmt: skip
     call.launch(
         "centroids.centroids_kernel",
-        plan.chunks * plan.tiles,
+        (plan.chunks, plan.tiles),
         *(logits, call.table, saved, out, counts),
         **call.powers,
         **call.tile,
@@ -300,7 +314,7 @@ def _large_sums(
     scalars = call.empty(plan.slots, 2, plan.tiles, 3)
     call.launch(
         "large.large_parts_kernel",
-        plan.slots * plan.tiles,
+        (plan.slots, plan.tiles),
         *(call.logits, call.table, saved, upstream, parts, scalars),
         **call.powers,
         **call.tile,
@@ -310,7 +324,7 @@ def _large_sums(
     )
     call.launch(
         "large.large_whole_kernel",
-        plan.slots * plan.tiles,
+        (plan.slots, plan.tiles),
         *(call.logits, call.table, saved, parts, scalars, large_masses, large_pulls),
         tiles=plan.tiles,
         BC=plan.columns,

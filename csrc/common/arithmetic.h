@@ -1,10 +1,8 @@
 // The scalar arithmetic of the loss, the same text for a GPU and for the host tests of it. Arithmetic types
 // are float and double; double has no approximations.
 //
-// On a GPU two float functions are approximate instructions, with the error bounds of the CUDA C++
-// Programming Guide (mathematical functions, intrinsics): exp2_approx, ex2.approx.ftz, 2 ulp over the full
-// range; results below 2^-126 are flushed to 0. Nothing else is. On the host exp2_approx is exact to rounding
-// and then moved by a pseudo-random part of 2 ulp, so that what the host tests accept does not rest on luck.
+// No function here is approximate beyond its stated error, and none depends on the compiler's flags for fast
+// arithmetic.
 #pragma once
 
 #include <cmath>
@@ -12,9 +10,9 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define CMIM_HD __host__ __device__ __forceinline__
+  #define CMIM_HD __host__ __device__ __forceinline__
 #else
-#define CMIM_HD inline
+  #define CMIM_HD inline
 #endif
 
 namespace cmim {
@@ -29,11 +27,15 @@ CMIM_HD To bit_cast(From from) {
 
 template <class A>
 struct Constants {
-  static constexpr A log2e = A(1.4426950408889634074), ln2 = A(0.69314718055994530942);
+  static constexpr A log2e = A(1.4426950408889634074);
 };
 
-CMIM_HD float infinity(float) { return bit_cast<float>(0x7f800000u); }
-CMIM_HD double infinity(double) { return bit_cast<double>(uint64_t(0x7ff0000000000000)); }
+CMIM_HD float infinity(float) {
+  return bit_cast<float>(0x7f800000u);
+}
+CMIM_HD double infinity(double) {
+  return bit_cast<double>(uint64_t(0x7ff0000000000000));
+}
 template <class A>
 CMIM_HD A infinity() {
   return infinity(A());
@@ -42,8 +44,12 @@ template <class A>
 CMIM_HD A not_a_number() {
   return infinity<A>() - infinity<A>();
 }
-CMIM_HD float lowest(float) { return -3.402823466e38f; }
-CMIM_HD double lowest(double) { return -1.7976931348623157e308; }
+CMIM_HD float lowest(float) {
+  return -3.402823466e38f;
+}
+CMIM_HD double lowest(double) {
+  return -1.7976931348623157e308;
+}
 
 // max(x, y), y if x is NaN
 template <class A>
@@ -69,49 +75,36 @@ CMIM_HD double product(double x, double y) {
 #endif
 }
 
-CMIM_HD float exp2_approx(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  const float y = std::exp2(x);
-  if (!(y >= 0x1p-126f)) return y != y ? y : 0.0f;
-  uint32_t h = bit_cast<uint32_t>(x) * 0x9e3779b1u;  // a hash of the argument
-  h = (h ^ (h >> 15)) * 0x85ebca77u;
-  h ^= h >> 13;
-  // exact where the instruction is: at integers
-  const float off = x == std::floor(x) ? 0.0f : (float(h >> 8) * 0x1p-23f - 1.0f) * 0x1p-22f;
-  return float(double(y) * (1.0 + double(off)));
-#endif
-}
-CMIM_HD double exp2_approx(double x) { return exp2(x); }
-
-// 2^x to within 1 ulp; 0 below 2^-126
-CMIM_HD float exp2_careful(float x) {
-  if (!(x > -126.0f)) return x != x ? x : 0.0f;
-  if (x >= 128.0f) return infinity<float>();
-  const float n = rintf(x), f = x - n;  // exact
-  // a truncated series of exp(f ln 2), |f| <= 1/2: 2e-9 relative
-  float p = fmaf(f, 1.5252734e-5f, 1.5403530e-4f);
-  p = fmaf(p, f, 1.3333558e-3f);
-  p = fmaf(p, f, 9.6181291e-3f);
-  p = fmaf(p, f, 5.5504109e-2f);
-  p = fmaf(p, f, 2.4022651e-1f);
-  p = fmaf(p, f, 6.9314718e-1f);
+// exp(x) of x <= 0 to within 1 ulp; 0 below the smallest normal number. Not for NaN, which becomes 0.
+//
+// The hardware's ex2.approx errs by up to 2 ulp (CUDA C++ Programming Guide, exp2f), which the eighth power
+// of it would turn into 16: too much for the bound on the CMI of each temperature. docs/performance_cuda.md
+// counts what the polynomial costs.
+CMIM_HD float exp_nonpositive(float x) {
+  x = x > -88.0f ? x : -88.0f;
+  const float magic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the mantissa
+  const float shifted = fmaf(x, Constants<float>::log2e, magic), n = shifted - magic;
+  float f = fmaf(n, -0x1.62e4p-1f, x);
+  f = fmaf(n, -0x1.7f7d1cp-20f, f);
+  // fitted to exp on |f| <= ln(2)/2; relative error 3e-9
+  float p = fmaf(f, 0x1.6a23dp-10f, 0x1.123a2p-7f);
+  p = fmaf(p, f, 0x1.5558f2p-5f);
+  p = fmaf(p, f, 0x1.555492p-3f);
+  p = fmaf(p, f, 0x1.fffffcp-2f);
   p = fmaf(p, f, 1.0f);
-  const int half = int(n) / 2;  // in two steps: 2^n itself may be out of range
-  const float scale = bit_cast<float>(uint32_t(half + 127) << 23);
-  return p * scale * bit_cast<float>(uint32_t(int(n) - half + 127) << 23);
+  p = fmaf(p, f, 1.0f);
+  return p * bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
 }
-CMIM_HD double exp2_careful(double x) { return exp2(x); }
+CMIM_HD double exp_nonpositive(double x) {
+  return exp(x);
+}
 
-// log2(x) of a normal x > 0, to about 1 ulp of max(|log2 x|, 1)
-CMIM_HD float log2_positive(float x) {
+// log(x) of a normal x > 0, to about 1 ulp of max(|log x|, 1)
+CMIM_HD float log_positive(float x) {
   const int32_t ix = bit_cast<int32_t>(x) - 0x3f3504f3;  // 1/sqrt(2)
   const float n = float(ix >> 23);
   const float f = bit_cast<float>((ix & 0x7fffff) + 0x3f3504f3) - 1.0f;
-  // ln(1 + f) = f - f^2/2 + f^3 p(f), the polynomial of csrc/cpu/elementary.h
+  // log(1 + f) = f - f^2/2 + f^3 p(f), the polynomial of csrc/cpu/elementary.h
   float p = fmaf(f, -0.076344457f, 0.127615749f);
   p = fmaf(p, f, -0.131602008f);
   p = fmaf(p, f, 0.142017596f);
@@ -120,19 +113,37 @@ CMIM_HD float log2_positive(float x) {
   p = fmaf(p, f, -0.250008211f);
   p = fmaf(p, f, 0.333333317f);
   const float f2 = f * f;
-  const float low = fmaf(p, f2 * f, -0.5f * f2);
-  return fmaf(low, Constants<float>::log2e, fmaf(f, Constants<float>::log2e, n));
+  const float low = fmaf(n, 0x1.7f7d1cp-20f, fmaf(p, f2 * f, -0.5f * f2));
+  return fmaf(n, 0x1.62e4p-1f, low + f);
 }
-CMIM_HD double log2_positive(double x) { return log2(x); }
+CMIM_HD double log_positive(double x) {
+  return log(x);
+}
 
-CMIM_HD float expm1_of(float x) { return expm1f(x); }
-CMIM_HD double expm1_of(double x) { return expm1(x); }
-CMIM_HD float log1p_of(float x) { return log1pf(x); }
-CMIM_HD double log1p_of(double x) { return log1p(x); }
-CMIM_HD float log_of(float x) { return logf(x); }
-CMIM_HD double log_of(double x) { return log(x); }
-CMIM_HD float exp_of(float x) { return exp2_approx(x * Constants<float>::log2e); }
-CMIM_HD double exp_of(double x) { return exp(x); }
+CMIM_HD float expm1_of(float x) {
+  return expm1f(x);
+}
+CMIM_HD double expm1_of(double x) {
+  return expm1(x);
+}
+CMIM_HD float log1p_of(float x) {
+  return log1pf(x);
+}
+CMIM_HD double log1p_of(double x) {
+  return log1p(x);
+}
+CMIM_HD float log_of(float x) {
+  return logf(x);
+}
+CMIM_HD double log_of(double x) {
+  return log(x);
+}
+CMIM_HD float exp_of(float x) {
+  return expf(x);
+}
+CMIM_HD double exp_of(double x) {
+  return exp(x);
+}
 
 // psi(t) = t e^t - e^t + 1 = sum_{m >= 2} t^m (m - 1) / m!, the summand of the generalised KL divergence over
 // Q: never negative, and to relative accuracy also where its three terms cancel.
@@ -187,7 +198,7 @@ struct CarefulSum {
     low += (high - (sum - back)) + (x - back);
     high = sum;
   }
-  CMIM_HD A value() const { return high + low; }
+  CMIM_HD A value() const { return high - high == A(0) ? high + low : high; }  // infinities and NaN stay
 };
 
 }  // namespace cmim

@@ -5,14 +5,9 @@
 
 namespace cmim::cuda {
 
-constexpr int kVector = 4;  // neighbouring columns that one thread works on
-
-// bfloat16 or float16; which of them is in Problem::storage
-struct Narrow {
-  uint16_t bits;
-};
-
-__device__ inline float bf16_to_float(uint16_t bits) { return bit_cast<float>(uint32_t(bits) << 16); }
+__device__ inline float bf16_to_float(uint16_t bits) {
+  return bit_cast<float>(uint32_t(bits) << 16);
+}
 __device__ inline uint16_t float_to_bf16(float x) {
   const uint32_t u = bit_cast<uint32_t>(x);
   if (x != x) return uint16_t(0x7fff);
@@ -37,13 +32,21 @@ __device__ inline uint16_t float_to_f16(float x) {
 #endif
 }
 
-__device__ inline float widen(float x, Storage) { return x; }
-__device__ inline double widen(double x, Storage) { return x; }
+__device__ inline float widen(float x, Storage) {
+  return x;
+}
+__device__ inline double widen(double x, Storage) {
+  return x;
+}
 __device__ inline float widen(Narrow x, Storage s) {
   return s == Storage::bf16 ? bf16_to_float(x.bits) : f16_to_float(x.bits);
 }
-__device__ inline void narrow(float x, Storage, float& to) { to = x; }
-__device__ inline void narrow(double x, Storage, double& to) { to = x; }
+__device__ inline void narrow(float x, Storage, float& to) {
+  to = x;
+}
+__device__ inline void narrow(double x, Storage, double& to) {
+  to = x;
+}
 __device__ inline void narrow(float x, Storage s, Narrow& to) {
   to.bits = s == Storage::bf16 ? float_to_bf16(x) : float_to_f16(x);
 }
@@ -93,31 +96,33 @@ __device__ inline void store_vector(S* row, int j, int width, bool vector, Stora
   }
 }
 
-// The powers 2^(multiple_k r) of kChunk consecutive temperatures
-template <class A, int kChunk, bool kChain>
+// The powers exp(a_k x) of consecutive temperatures, x <= 0
+template <class A, bool kChain>
 struct Powers;
 
-template <class A, int kChunk>
-struct Powers<A, kChunk, true> {
-  A r, base, now;
+template <class A>
+struct Powers<A, true> {
+  A y, base, now;
   __device__ void start(const Problem<A>& q, A x, int k0) {
-    r = x * q.unit;
-    base = exp2_approx(r);
-    now = q.multiple[k0] == A(1) ? base : exp2_approx(q.multiple[k0] * r);
+    y = x * q.unit;
+    base = exp_nonpositive(y);
+    now = q.multiple[k0] == A(1) ? base : exp_nonpositive(q.multiple[k0] * y);
   }
   __device__ A power(const Problem<A>&, int) const { return now; }
   __device__ void next() { now *= base; }
-  // multiple_k r - y, with the r whose power this is
-  __device__ A exponent_less(const Problem<A>& q, int k, A y) const { return fma(q.multiple[k], r, -y); }
+  // a_k x - other, with the y whose power this is
+  __device__ A exponent_less(const Problem<A>& q, int k, A other) const {
+    return fma(q.multiple[k], y, -other);
+  }
 };
 
-template <class A, int kChunk>
-struct Powers<A, kChunk, false> {
+template <class A>
+struct Powers<A, false> {
   A x;
   __device__ void start(const Problem<A>&, A logit, int) { x = logit; }
-  __device__ A power(const Problem<A>& q, int k) const { return exp2_approx(product(q.multiple[k], x)); }
+  __device__ A power(const Problem<A>& q, int k) const { return exp_nonpositive(product(q.a[k], x)); }
   __device__ void next() {}
-  __device__ A exponent_less(const Problem<A>& q, int k, A y) const { return product(q.multiple[k], x) - y; }
+  __device__ A exponent_less(const Problem<A>& q, int k, A other) const { return product(q.a[k], x) - other; }
 };
 
 }  // namespace cmim::cuda

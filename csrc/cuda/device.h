@@ -11,8 +11,6 @@
 
 namespace cmim::cuda {
 
-constexpr int kWarp = 32;
-constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kEveryLane = 0xffffffffu;
 
 __device__ inline unsigned char* dynamic_shared_memory() {

@@ -5,16 +5,17 @@
 
 namespace cmim::cuda {
 
-constexpr int kThreads = 256;        // of every block
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kVector = 4;            // neighbouring columns that one thread works on
+constexpr int kBatch = 64;            // rows whose constants lie in shared memory at a time
 constexpr int kMaxTemperatures = 64;  // K
 constexpr int kChainChunk = 8;        // temperatures that share one exponential, kept in registers together
 constexpr int kDirectChunk = 4;       // temperatures at a time where each has an exponential of its own
 
 enum class Storage : int { f32, f64, bf16, f16 };
 enum Reduction : int { kNone, kMean, kSum, kSpectrum };
-// How a class was computed: what its rows' statistics mean (see Saved)
-enum Form : int { kPlain, kCentred };
-
 // One call of the loss, in the arithmetic type A: double for double logits, else float. Temperatures are
 // sorted, a[0] < a[1] < ..., and padded to a multiple of the chunk with ones of weight 0.
 template <class A>
@@ -25,15 +26,17 @@ struct Problem {
   int64_t target_stride, ignore_index;
   int rows, classes;  // N, C
   Storage storage;
-  bool vector4;        // four neighbouring logits may be read as one aligned vector
-  bool vector16;       // and 16 bytes
-  bool target_pairs;   // two neighbouring targets may be read as one aligned vector
-  bool by_class;       // slot s of the classes is class s; otherwise it is the class of row s, if that is its first
+  bool vector4;       // four neighbouring logits may be read as one aligned vector
+  bool vector16;      // and 16 bytes
+  bool target_pairs;  // two neighbouring targets may be read as one aligned vector
+  bool
+      by_class;  // slot s of the classes is class s; otherwise it is the class of row s, if that is its first
 
   int temperatures, padded;  // K, and K rounded up to the chunk
-  // exp(a_k x) = 2^(multiple_k r) with r = unit x; multiple_k = first_multiple + k where the a_k are
-  // consecutive multiples of one number, and then all are powers of one exponential.
+  // Where the a_k are consecutive multiples of one number: a_k = multiple_k unit, multiple_k = multiple_0 +
+  // k, and all exp(a_k x) are powers of one exponential. Otherwise unit = 1, multiple_k = a_k.
   A unit;
+  A floor;  // at this x = logit - largest logit and below, every exponential is zero
   A multiple[kMaxTemperatures], a[kMaxTemperatures], weight[kMaxTemperatures];
   int order[kMaxTemperatures];  // the caller's index of a[k]
 
@@ -49,22 +52,20 @@ struct Problem {
 // What the forward pass leaves for the backward pass. "Position" counts the kept rows sorted by label; the
 // rows of a class have consecutive positions, in the order of the batch. Everything is O(K N).
 //
-//   form      log_sum                        divergence
-//   plain     log2 sum_j 2^(multiple_k r)    sum_j P log2(P/Q), off by a constant of the class; see cluster.cuh
-//   centred   log1p(s), see centred.cuh      KL (nats)
-//
-// In a centred class the first row, around which the others are taken, keeps its plain log_sum.
+// forms.cuh explains the plain and the centred form. A class has a bit mask of the temperatures that are
+// centred; for those, growth and divergence are the centred form's.
 template <class A>
 struct Saved {
-  A* log_sum;     // (N, padded)
-  A* divergence;  // (N, padded)
-  A* top;         // (N) largest logit
-  A* ce_log_sum;  // (N) ln sum_j exp(z_j - top)
-  A* totals;      // (kTotals)
-  int32_t* row;   // (N) the row at each position
+  A* sum;          // (N, padded) sum_j exp(a_k (z_j - top)), at least 1; NaN if the row has no probabilities
+  A* growth;       // (N, padded) log1p(s)
+  A* divergence;   // (N, padded) plain: sum_j P t'; centred: KL; given centroids: sum_j P log(P/Q)
+  A* top;          // (N) largest logit
+  A* ce_sum;       // (N) the same for a = 1
+  A* totals;       // (kTotals)
+  int32_t* row;    // (N) the row at each position
   int32_t* first;  // (slots) first position of the class
   int32_t* count;  // (slots) its rows; 0: there is none in this slot
-  int32_t* form;   // (slots) Form
+  uint32_t* centred;  // (slots, 2) the mask, low word first
 };
 
 enum Total { kKept, kWeightSum, kSmoothingSum, kInvalid, kTotals };
@@ -72,22 +73,82 @@ enum Total { kKept, kWeightSum, kSmoothingSum, kInvalid, kTotals };
 // Elements of A that Saved takes in one tensor
 inline int64_t saved_elements(int64_t rows, int64_t temperatures) {
   const int64_t padded = (temperatures + kChainChunk - 1) / kChainChunk * kChainChunk;
-  return rows * (2 * padded + 2 + 4) + kTotals;
+  return rows * (3 * padded + 2 + 5) + kTotals;
 }
 
 template <class A>
 inline Saved<A> saved_in(A* memory, int64_t rows, int64_t slots, int64_t padded) {
   Saved<A> s;
   s.totals = memory;
-  s.log_sum = s.totals + kTotals;
-  s.divergence = s.log_sum + rows * padded;
+  s.sum = s.totals + kTotals;
+  s.growth = s.sum + rows * padded;
+  s.divergence = s.growth + rows * padded;
   s.top = s.divergence + rows * padded;
-  s.ce_log_sum = s.top + rows;
-  s.row = reinterpret_cast<int32_t*>(s.ce_log_sum + rows);
+  s.ce_sum = s.top + rows;
+  s.row = reinterpret_cast<int32_t*>(s.ce_sum + rows);
   s.first = s.row + rows;
   s.count = s.first + slots;
-  s.form = s.count + slots;
+  s.centred = reinterpret_cast<uint32_t*>(s.count + slots);
   return s;
 }
+
+// Where the forward kernels put what only the call itself needs.
+template <class A>
+struct Forward {
+  A* value;            // (), (N) or (K)
+  A* ce;               // (N) cross entropy at each position
+  A* partial;          // (parts, N, padded), see divergences()
+  A* sums;             // (padded + kClassSums, slots) sums over each class
+  int* invalid;        // (1) labels out of range
+  unsigned* ticket;    // blocks that have finished; 0 between launches
+  int64_t* bad_label;  // in host memory: {1 + row, label} of one label out of range
+  int table_bytes, chip_bytes;
+};
+
+enum ClassSum { kClassCe, kClassWeight, kClassCount, kClassSums };
+
+// What the backward kernels read and write.
+template <class A>
+struct Backward {
+  const A* grad;  // upstream, of the value's shape
+  int64_t grad_stride;
+  void* out;        // (N, C), contiguous, the logits' type
+  bool out_vector;  // four neighbours of it may be written as one aligned vector
+  A* upstream;      // (N) by position: g_i less the class's mean; reduction "none" only, as the next one
+  A* dots;          // (N, padded) sum_j P rho
+  int splits;       // blocks that share the columns of a class
+  int table_bytes;
+};
+
+// bfloat16 or float16; which of them is in Problem::storage
+struct Narrow {
+  uint16_t bits;
+};
+
+// What a kernel is compiled for: the storage type of the logits, the arithmetic type, and the temperatures
+// at a time.
+template <class S_, class A_, int kChunk_, bool kChain_>
+struct Kind {
+  using S = S_;
+  using A = A_;
+  static constexpr int kChunk = kChunk_;
+  static constexpr bool kChain = kChain_;
+};
+
+// Blocks that share a multiprocessor's registers, at least
+template <class A>
+constexpr int kBlocksAtOnce = sizeof(A) == 4 ? 2 : 1;
+
+// Bytes of the parts of shared memory; the table and the copied rows, whose sizes the host chooses, come
+// last.
+template <class A>
+struct Sizes {
+  static constexpr int chunk = sizeof(A) == 4 ? kChainChunk : kDirectChunk;  // the larger one in use
+  static constexpr int combine = kThreads * kVector * (chunk / 2) * int(sizeof(A));
+  static constexpr int constants = 14 * 1024;
+  static constexpr int rows = kBatch * (8 + 3 * int(sizeof(A)));
+  static constexpr int scratch = kWarps * 8 * int(sizeof(A)) + 128;
+  static constexpr int fixed = combine + constants + rows + scratch;
+};
 
 }  // namespace cmim::cuda

@@ -88,6 +88,37 @@ def store_block(grad_logits, g, row, live, col, C, out_units, OUT_VEC: tl.conste
 
 
 @triton.jit
+def fresh_columns(
+    Z,
+    S,
+    T,
+    begin,
+    end,
+    f,
+    n,
+    centred,
+    centre,
+    centre_top,
+    upstream,
+    up_stride,
+    col,
+    KC: tl.constexpr,
+    POWERS: tl.constexpr,
+    R: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """(L, pull) of a cluster whose rows are begin to end."""
+    total, weighted, drift = sums(
+        Z, S, T, begin, end, f, centred, centre, centre_top, upstream, up_stride, col, KC, POWERS, R, VEC
+    )
+    L, _mass = logs(total, n, S, f, centred, KC)
+    pull = L
+    if upstream is not None:
+        pull = pulls(total, weighted, drift, n, centred)
+    return L, pull
+
+
+@triton.jit
 def cluster_columns(
     Z,
     S,
@@ -116,23 +147,53 @@ def cluster_columns(
     no upstream gradient of every row."""
     K = S[4]
     centred = tl.load(forms(saved, N, K) + tl.cast(N, tl.int64) * tile + f) != 0
-    large = False
     if LARGE > 0:
-        large = n > LARGE
-    if large:
-        slot = f // LARGE
-        L = load_large(large_logs(saved, N, K, tiles), slot, K, Z[3], col, KC)
-        pull = L
-        if upstream is not None:
-            pull = load_large(large_pulls, slot, K, Z[3], col, KC)
+        if n > LARGE:
+            slot = f // LARGE
+            L = load_large(large_logs(saved, N, K, tiles), slot, K, Z[3], col, KC)
+            pull = L
+            if upstream is not None:
+                pull = load_large(large_pulls, slot, K, Z[3], col, KC)
+        else:
+            L, pull = fresh_columns(
+                Z,
+                S,
+                T,
+                begin,
+                end,
+                f,
+                n,
+                centred,
+                centre,
+                centre_top,
+                upstream,
+                up_stride,
+                col,
+                KC,
+                POWERS,
+                R,
+                VEC,
+            )
     else:
-        total, weighted, drift = sums(
-            Z, S, T, begin, end, f, centred, centre, centre_top, upstream, up_stride, col, KC, POWERS, R, VEC
+        L, pull = fresh_columns(
+            Z,
+            S,
+            T,
+            begin,
+            end,
+            f,
+            n,
+            centred,
+            centre,
+            centre_top,
+            upstream,
+            up_stride,
+            col,
+            KC,
+            POWERS,
+            R,
+            VEC,
         )
-        L, _mass = logs(total, n, S, f, centred, KC)
-        pull = L
-        if upstream is not None:
-            pull = pulls(total, weighted, drift, n, centred)
     return centred, L, pull
 
 
@@ -162,9 +223,8 @@ def pull_kernel(
     BC: tl.constexpr,
 ):
     """Before the gradient of reduction "none": every row's mean of the columns' pulls."""
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    lo = (pid // tiles) * CHUNK
+    tile = tl.program_id(1)
+    lo = tl.program_id(0) * CHUNK
     hi = tl.minimum(lo + CHUNK, N)
     Z, S = bundle(logits, row_units, col_stride, C, saved, N, K, VEC)
     col = tile * BC + tl.arange(0, BC)
@@ -227,9 +287,8 @@ def gradient_kernel(
     R: tl.constexpr,
     BC: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    lo = (pid // tiles) * CHUNK
+    tile = tl.program_id(1)
+    lo = tl.program_id(0) * CHUNK
     hi = tl.minimum(lo + CHUNK, N)
     WHOLE: tl.constexpr = HAS_CMI and not GIVEN
     PULLED: tl.constexpr = REDUCTION == NONE and WHOLE
@@ -238,8 +297,8 @@ def gradient_kernel(
     norm = 1.0
     ce_norm = 1.0
     if REDUCTION == MEAN or REDUCTION == SPECTRUM:
-        norm = tl.load(normalisers(saved, N, K, tiles))
-        ce_norm = tl.load(normalisers(saved, N, K, tiles) + 1)
+        norm = tl.load(normalisers(saved, N, K))
+        ce_norm = tl.load(normalisers(saved, N, K) + 1)
 
     # Rows that only the cross entropy sees, and those that nothing does.
     for start in range(lo, hi, R):
@@ -278,7 +337,6 @@ def gradient_kernel(
                 c *= tl.load(grad)
         upstream = grad if PULLED else None
         mean_ratio = by_temperature(saved, N, K, MEAN_RATIO)
-        tile_forms = forms(saved, N, K) + tl.cast(N, tl.int64) * tile
         p = owned_from(saved, N, lo, WHOLE, LARGE)
         while p < hi:
             f, n, kind, stop = cluster_at(saved, N, p, hi, WHOLE, LARGE)
@@ -286,7 +344,6 @@ def gradient_kernel(
                 log_b = per_cluster(S[3], K, f, KC)
                 centre, centre_top = load_centre(Z, S, f, col, VEC)
                 if GIVEN:
-                    centred = False
                     Q = given_q(centroids, table, kind, K, C, col, KC)
                     L = tl.log(Q) + log_b[:, None]
                     pull = L
@@ -300,7 +357,7 @@ def gradient_kernel(
                     x = below_top(z, top, floor)
                     e = exponentials(x, a, base, KC, POWERS)
                     y = x
-                    if centred:
+                    if not GIVEN and centred:
                         y = from_centre(z, top, live, centre, centre_top)
                     t = a[:, None, None] * y[None, :, :] - L[:, None, :]
                     log_s = per_row(S[3], K, q, live, KC)
@@ -309,7 +366,7 @@ def gradient_kernel(
                     factor = c[:, None] * per_row(S[2], K, q, live, KC)
                     pulled = factor
                     if GIVEN:
-                        if tl.max(tl.load(tile_forms + q, mask=live, other=0), 0) > 0:
+                        if tl.max(tl.load(forms(saved, N, K) + q, mask=live, other=0), 0) > 0:
                             t = precise_ratios(z, top, log_s, Q, table, KC)
                             mean = A
                     if REDUCTION == NONE:

@@ -48,15 +48,16 @@ def by_temperature(saved, N, K, WHICH: tl.constexpr):
 
 
 @triton.jit
-def forms(saved, N, K):
-    """(tiles, N) int32: the form of a tile of the cluster that starts at a position (columns.py)."""
-    return (saved + tl.cast(N, tl.int64) * (K * 3 + FIELDS)).to(tl.pointer_type(tl.int32), bitcast=True)
+def normalisers(saved, N, K):
+    """(2,) float32: 1 / kept rows, 1 / sum of their class weights."""
+    return saved + tl.cast(N, tl.int64) * (K * 3 + FIELDS)
 
 
 @triton.jit
-def normalisers(saved, N, K, tiles):
-    """(2,) float32: 1 / kept rows, 1 / sum of their class weights."""
-    return saved + tl.cast(N, tl.int64) * (K * 3 + FIELDS + tiles)
+def forms(saved, N, K):
+    """(tiles, N) int32: the form of a tile of the cluster that starts at a position (columns.py). For given
+    centroids (N,): whether a row takes float64 (given.py)."""
+    return (saved + tl.cast(N, tl.int64) * (K * 3 + FIELDS) + 2).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit

@@ -29,9 +29,8 @@ def centroids_kernel(
     R: tl.constexpr,
     BC: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    lo = (pid // tiles) * CHUNK
+    tile = tl.program_id(1)
+    lo = tl.program_id(0) * CHUNK
     hi = tl.minimum(lo + CHUNK, N)
     Z, S = bundle(logits, row_units, col_stride, C, saved, N, K, VEC)
     col = tile * BC + tl.arange(0, BC)

@@ -19,10 +19,14 @@ import triton.language as tl
 from .blocks import load_rows, per_cluster, per_row
 from .elementary import LOG2E, exponentials, growths, log1p
 
-WIDE = tl.constexpr(0.02)  # mean a^2 d^2 from which float32 resolves the plain form; measured, docs/numerics.md
+WIDE = tl.constexpr(
+    0.02
+)  # mean a^2 d^2 from which float32 resolves the plain form; measured, docs/numerics.md
 FAR = tl.constexpr(30.0)  # |a d| up to which the centred form is safe
 VANISHED = tl.constexpr(1.2e-38)  # the smallest normal number
-NOTHING = tl.constexpr(-1e3)  # L of such a Q: finite, so that the P that multiply it, which vanish too, give 0
+NOTHING = tl.constexpr(
+    -1e3
+)  # L of such a Q: finite, so that the P that multiply it, which vanish too, give 0
 
 
 @triton.jit

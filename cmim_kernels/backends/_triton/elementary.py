@@ -98,17 +98,17 @@ def log1p(x):
 
 
 @triton.jit
-def excess(r):
-    """e^-r - 1 + r, which is never negative: P times it is P log(P/Q) - P + Q, with r = log(P/Q).
+def excess(s):
+    """e^s - 1 - s, which is never negative: with s = log(Q/P), P times it is P log(P/Q) - P + Q.
 
-    Relative error 1e-6: the sum's own polynomial r^2 (1/2 - r/6 + ...) for |r| < 0.4, where it would cancel.
+    Relative error 1e-6: the sum's own polynomial s^2 (1/2 + s/6 + ...) for |s| < 0.4, where it would cancel.
     """
-    near = tl.abs(r) < 0.4
-    t = tl.where(near, r, 0.0)
-    p = t * (1 / 40320) - (1 / 5040)
+    near = tl.abs(s) < 0.4
+    t = tl.where(near, s, 0.0)
+    p = t * (1 / 40320) + (1 / 5040)
     p = p * t + (1 / 720)
-    p = p * t - (1 / 120)
+    p = p * t + (1 / 120)
     p = p * t + (1 / 24)
-    p = p * t - (1 / 6)
+    p = p * t + (1 / 6)
     p = p * t + 0.5
-    return tl.where(near, p * (t * t), tl.exp2(-r * LOG2E) - 1.0 + r)
+    return tl.where(near, p * (t * t), tl.exp2(s * LOG2E) - 1.0 - s)

@@ -12,6 +12,8 @@ log S moves log(P/Q) of a row by some eta, A by eta and G by eta^2/2: the diverg
 centroids need not sum to one; there the same is had from sum P = 1 + A - G - (1 - sum Q).
 """
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -39,8 +41,10 @@ from .blocks import (
 )
 from .columns import below_top, from_centre, is_centred, logs, spread, sums
 from .elementary import excess, exponentials
-from .given import given_shares
+from .given import NEAR, given_shares
 
+# Triton's interpreter knows the sum of one block, and takes seconds for any other reduction.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
 NONE = tl.constexpr(0)
 MEAN = tl.constexpr(1)
 SPECTRUM = tl.constexpr(3)
@@ -55,7 +59,40 @@ def _add(a, b, x, y):
 @triton.jit
 def row_sums(a, b):
     """The sums over columns of two blocks (KC, R, BC), with the barriers of one."""
+    if INTERPRETED:
+        return tl.sum(a, 2), tl.sum(b, 2)
     return tl.reduce((a, b), 2, _add)
+
+
+@triton.jit
+def fresh_logs(
+    Z,
+    S,
+    T,
+    table,
+    begin,
+    end,
+    f,
+    n,
+    col,
+    tile_forms,
+    KC: tl.constexpr,
+    POWERS: tl.constexpr,
+    R: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """(form, L, sum of the tile's Q) of a cluster whose rows are begin to end; keeps the form."""
+    centre, centre_top = load_centre(Z, S, f, col, VEC)
+    low = tl.load(table).to(tl.float32)
+    high = tl.load(table + S[4] - 1).to(tl.float32)
+    mild, sharp, widest = spread(Z, S, begin, end, centre, centre_top, col, low, high, T[2], R, VEC)
+    centred = is_centred(n, mild, sharp, widest, centre, centre_top, low, high, T[2])
+    total, _weighted, _drift = sums(
+        Z, S, T, begin, end, f, centred, centre, centre_top, None, 0, col, KC, POWERS, R, VEC
+    )
+    L, q_mass = logs(total, n, S, f, centred, KC)
+    tl.store(tile_forms + f, centred.to(tl.int32))
+    return centred, L, q_mass
 
 
 @triton.jit
@@ -67,8 +104,6 @@ def shares(
     end,
     f,
     centred,
-    centre,
-    centre_top,
     L,
     q_mass,
     col,
@@ -82,25 +117,26 @@ def shares(
     """Leaves G and A of rows begin to end in this tile of columns."""
     a, base, floor = T
     K = S[4]
-    log_b = per_cluster(S[3], K, f, KC)
     k = tl.arange(0, KC)[:, None]
     for start in range(begin, end, R):
         p, live, _row, top, z = load_rows(Z, S, start, end, col, R, VEC)
         x = below_top(z, top, floor)
         e = exponentials(x, a, base, KC, POWERS)
-        y = x
         if centred:
-            y = from_centre(z, top, live, centre, centre_top)
-        t = a[:, None, None] * y[None, :, :] - L[:, None, :]
-        inverse = per_row(S[2], K, p, live, KC)
-        shift = per_row(S[3], K, p, live, KC) - log_b[:, None]
-        if centred:
-            r = t - shift[:, :, None]
-            A, G = row_sums(e * r, e * excess(r))
-            A *= inverse
-            G *= inverse
+            shift = per_row(S[3], K, p, live, KC) - per_cluster(S[3], K, f, KC)[:, None]
+            inverse = per_row(S[2], K, p, live, KC)
+            centre, centre_top = load_centre(Z, S, f, col, VEC)  # again: registers are short here
+            d = from_centre(z, top, live, centre, centre_top)
+            # t twice, in two ways of rounding: one sum after the other takes half the registers
+            s = L[:, None, :] - (a[:, None, None] * d[None, :, :] - shift[:, :, None])
+            G = inverse * tl.sum(e * excess(s), 2)
+            A = inverse * tl.sum(
+                e * ((a[:, None, None] * d[None, :, :] - L[:, None, :]) - shift[:, :, None]), 2
+            )
         else:
-            A, mass = row_sums(e * t, e)
+            A, mass = row_sums(e * (a[:, None, None] * x[None, :, :] - L[:, None, :]), e)
+            inverse = per_row(S[2], K, p, live, KC)
+            shift = per_row(S[3], K, p, live, KC) - per_cluster(S[3], K, f, KC)[:, None]
             A = inverse * (A - shift * mass)
             G = A - inverse * mass + q_mass[:, None]
         at = p.to(tl.int64)[None, :] * K + k
@@ -170,6 +206,8 @@ def finish_chunk(
                 mass = row_totals(masses, tiles, N, K, p, busy, KC)
                 mass = tl.where(busy[None, :] & (k < K), mass, 1.0)
                 kl = (G + (mass - gap) * (mass - 1.0)) / mass - tl.log(mass)
+                near = tl.max((busy[None, :] & (k < K) & (kl < NEAR)).to(tl.int32), 0)
+                tl.store(forms(saved, N, K) + p, near, mask=live)
             else:
                 kl = G - 0.5 * gap * gap
             kl = tl.where((label == -2)[None, :], float("nan"), kl)
@@ -226,7 +264,7 @@ def finish(
     ce = tl.sum(entropy, 0)
     rows = tl.sum(kept, 0)
     weights = tl.sum(weight, 0)
-    norm = normalisers(saved, N, K, tiles)
+    norm = normalisers(saved, N, K)
     tl.store(norm, (1.0 / rows).to(tl.float32))
     tl.store(norm + 1, (1.0 / weights).to(tl.float32))
     if REDUCTION == SPECTRUM:
@@ -280,13 +318,11 @@ def forward_kernel(
     BC: tl.constexpr,
     FR: tl.constexpr,  # rows to a block of the last sums
 ):
-    pid = tl.program_id(0)
-    chunk = pid // tiles
-    tile = pid % tiles
+    chunk = tl.program_id(0)
+    tile = tl.program_id(1)
     WHOLE: tl.constexpr = HAS_CMI and not GIVEN
     lo = chunk * CHUNK
     hi = tl.minimum(lo + CHUNK, N)
-    begin = owned_from(saved, N, lo, WHOLE, LARGE)
     end = hi
     part_stride = tl.cast(N, tl.int64) * K * tiles
     this_tile = tl.cast(N, tl.int64) * tile
@@ -295,43 +331,35 @@ def forward_kernel(
         col = tile * BC + tl.arange(0, BC)
         k = tl.arange(0, KC)
         T = (tl.load(table + k).to(tl.float32), base, floor)
-        low = tl.load(table).to(tl.float32)
-        high = tl.load(table + K - 1).to(tl.float32)
-        tile_parts = parts + this_tile * K
-        tile_forms = forms(saved, N, K) + this_tile
-        p = begin
+        p = owned_from(saved, N, lo, WHOLE, LARGE)
         while p < hi:
             f, n, label, stop = cluster_at(saved, N, p, hi, WHOLE, LARGE)
+            tile_parts = parts + this_tile * K
+            tile_forms = forms(saved, N, K) + this_tile
             if GIVEN:
                 if label >= 0:
                     given_shares(
                         Z, S, T, centroids, table, p, stop, f, label, col, tile_parts, part_stride,
-                        masses + this_tile * K, tile_forms, KC, POWERS, R, VEC,
+                        masses + this_tile * K, KC, POWERS, R, VEC,
                     )  # fmt: skip
             elif n > 1:
-                centre, centre_top = load_centre(Z, S, f, col, VEC)
-                large = False
                 if LARGE > 0:
-                    large = n > LARGE
-                if large:
-                    centred = tl.load(tile_forms + f) != 0
-                    slot = f // LARGE
-                    L = load_large(large_logs(saved, N, K, tiles), slot, K, C, col, KC)
-                    at = (tl.cast(slot, tl.int64) * tiles + tile) * K + k
-                    q_mass = tl.load(large_masses + at, mask=k < K, other=0.0)
+                    if n > LARGE:
+                        centred = tl.load(tile_forms + f) != 0
+                        slot = f // LARGE
+                        L = load_large(large_logs(saved, N, K, tiles), slot, K, C, col, KC)
+                        at = (tl.cast(slot, tl.int64) * tiles + tile) * K + k
+                        q_mass = tl.load(large_masses + at, mask=k < K, other=0.0)
+                    else:
+                        centred, L, q_mass = fresh_logs(
+                            Z, S, T, table, p, stop, f, n, col, tile_forms, KC, POWERS, R, VEC
+                        )
                 else:
-                    mild, sharp, widest = spread(
-                        Z, S, p, stop, centre, centre_top, col, low, high, floor, R, VEC
+                    centred, L, q_mass = fresh_logs(
+                        Z, S, T, table, p, stop, f, n, col, tile_forms, KC, POWERS, R, VEC
                     )
-                    centred = is_centred(n, mild, sharp, widest, centre, centre_top, low, high, floor)
-                    total, _weighted, _drift = sums(
-                        Z, S, T, p, stop, f, centred, centre, centre_top, None, 0, col, KC, POWERS, R, VEC
-                    )
-                    L, q_mass = logs(total, n, S, f, centred, KC)
-                    tl.store(tile_forms + f, centred.to(tl.int32))
                 shares(
-                    Z, S, T, p, stop, f, centred, centre, centre_top, L, q_mass, col, tile_parts, part_stride,
-                    KC, POWERS, R, VEC,
+                    Z, S, T, p, stop, f, centred, L, q_mass, col, tile_parts, part_stride, KC, POWERS, R, VEC
                 )  # fmt: skip
             p = stop
         end = p
@@ -340,7 +368,7 @@ def forward_kernel(
     arrived = tl.atomic_add(counters + 1 + chunk, 1, sem="acq_rel")
     if arrived == tiles - 1:
         finish_chunk(
-            begin, end, table, saved, parts, masses, totals + tl.cast(chunk, tl.int64) * (KC + TOTALS), value,
+            owned_from(saved, N, lo, WHOLE, LARGE), end, table, saved, parts, masses, totals + tl.cast(chunk, tl.int64) * (KC + TOTALS), value,
             N, K, tiles, ce_weight, cmi_weight, REDUCTION, HAS_CE, HAS_CMI, GIVEN, KC, FR,
         )  # fmt: skip
         if REDUCTION != NONE:

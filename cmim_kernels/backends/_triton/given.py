@@ -1,8 +1,8 @@
 """Centroids that are given and held fixed: rows are apart from each other, Q is read.
 
 The plain form of columns.py with L = log Q + log S_b. Where P has come close to Q the float32 logarithms round
-log(P/Q) away; such blocks of rows take it from float64, and everything after it as the centred form does. That
-is slow on devices with little float64, but right, and only where P has collapsed onto Q.
+log(P/Q) away; such rows take it from float64, and everything after it as the centred form does. That is slow on
+devices with little float64, but right, and only where P has collapsed onto Q.
 """
 
 import triton
@@ -25,11 +25,28 @@ def given_q(centroids, table, label, K, C, col, KC: tl.constexpr):
 
 
 @triton.jit
+def precise_log(q):
+    """log q of float32 q >= 0 as float64, to 1e-13: exponent and 2 atanh of the rest, with few registers."""
+    tiny = q < 1e-30
+    scaled = tl.where(tiny, q * 2.0**64, q)
+    bits = scaled.to(tl.int32, bitcast=True) - 0x3F3504F3  # the bits of sqrt(1/2)
+    exponent = (bits >> 23).to(tl.float64) - tl.where(tiny, 64.0, 0.0).to(tl.float64)
+    m = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True).to(tl.float64)
+    s = (m - 1.0) / (m + 1.0)
+    s2 = s * s
+    series = tl.full(q.shape, 1 / 19, tl.float64)
+    for odd in tl.static_range(17, 1, -2):
+        series = series * s2 + (1.0 / odd)
+    out = exponent * 0.6931471805599453 + 2.0 * s * (series * s2 + 1.0)
+    return tl.where(q == 0.0, -float("inf"), out)
+
+
+@triton.jit
 def precise_ratios(z, top, log_s, q, table, KC: tl.constexpr):
     """log(P/Q) (KC, R, BC) as float32, from float64: a row's constant apart, right to 1e-12."""
     a = tl.load(table + tl.arange(0, KC))[:, None, None]
     x = (z.to(tl.float64) - top.to(tl.float64)[:, None])[None, :, :]
-    return (a * x - log_s.to(tl.float64)[:, :, None] - tl.log(q.to(tl.float64))[:, None, :]).to(tl.float32)
+    return (a * x - log_s.to(tl.float64)[:, :, None] - precise_log(q)[:, None, :]).to(tl.float32)
 
 
 @triton.jit
@@ -47,7 +64,6 @@ def given_shares(
     parts,  # (2, tiles, N, K) from this tile: shares of G, of A
     part_stride,
     masses,  # (tiles, N, K) float64 from this tile: shares of sum P
-    near_rows,  # (N,) int32 from this tile: whether a row took float64
     KC: tl.constexpr,
     POWERS: tl.constexpr,
     R: tl.constexpr,
@@ -73,14 +89,13 @@ def given_shares(
         A = inverse * tl.sum(tl.where(some, e * t, 0.0), 2) - (log_s - log_b[:, None]) * p_mass
         G = A - p_mass + q_mass.to(tl.float32)[:, None]
         mask = (k < K) & live[None, :]
-        near = tl.max(tl.max((mask & (G < p_mass * NEAR)).to(tl.int32), 1), 0)
+        near = tl.max(tl.max((mask & (p_mass * NEAR > G)).to(tl.int32), 1), 0)
         if near > 0:
             r = precise_ratios(z, top, log_s, q, table, KC)
             P = e * inverse[:, :, None]
             A = tl.sum(tl.where(some, P * r, 0.0), 2)
-            G = tl.sum(tl.where(some, P * excess(r), q[:, None, :]), 2)
+            G = tl.sum(tl.where(some, P * excess(-r), q[:, None, :]), 2)
         at = p.to(tl.int64)[None, :] * K + k
         tl.store(parts + at, G, mask=mask)
         tl.store(parts + part_stride + at, A, mask=mask)
         tl.store(masses + at, (A - G).to(tl.float64) + q_mass[:, None], mask=mask)
-        tl.store(near_rows + p, tl.where(live, near, 0), mask=live)

@@ -52,9 +52,8 @@ def large_parts_kernel(
     R: tl.constexpr,
     BC: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    slot = pid // tiles
-    tile = pid % tiles
+    slot = tl.program_id(0)
+    tile = tl.program_id(1)
     lo = slot * LARGE
     hi = tl.minimum(lo + LARGE, N)
     Z, S = bundle(logits, row_units, col_stride, C, saved, N, K, VEC)
@@ -81,7 +80,22 @@ def large_parts_kernel(
                 tl.store(scalar + 2, widest)
                 for form in range(2):
                     total, _weighted, _drift = sums(
-                        Z, S, T, begin, end, f, form == 1, centre, centre_top, None, 0, col, KC, POWERS, R, VEC
+                        Z,
+                        S,
+                        T,
+                        begin,
+                        end,
+                        f,
+                        form == 1,
+                        centre,
+                        centre_top,
+                        None,
+                        0,
+                        col,
+                        KC,
+                        POWERS,
+                        R,
+                        VEC,
                     )
                     store_part(at + tl.cast(form, tl.int64) * K * C, total, k, K, col, C)
             else:
@@ -96,7 +110,9 @@ def large_parts_kernel(
 
 
 @triton.jit
-def add_parts(parts, first_slot, last_slot, starts_inside, which, k, K, col, C, KC: tl.constexpr, BC: tl.constexpr):
+def add_parts(
+    parts, first_slot, last_slot, starts_inside, which, k, K, col, C, KC: tl.constexpr, BC: tl.constexpr
+):
     """(KC, BC): the sums number `which` of a cluster's parts, in their order."""
     total = tl.zeros([KC, BC], tl.float32)
     mask = (k < K)[:, None] & (col < C)[None, :]
@@ -128,9 +144,8 @@ def large_whole_kernel(
     KC: tl.constexpr,
     BC: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    slot = pid // tiles
-    tile = pid % tiles
+    slot = tl.program_id(0)
+    tile = tl.program_id(1)
     lo = slot * LARGE
     hi = tl.minimum(lo + LARGE, N)
     f, n = large_at(saved, N, hi - 1, LARGE)

@@ -16,20 +16,25 @@ MAX_TEMPERATURES = 64
 # ignored ones last. ROW to LABEL are int32; LABEL is -1 for an ignored row and -2 for a label out of range.
 ROW, FIRST, COUNT, LABEL, TOP, ENTROPY, WEIGHT, PROBABILITY, INVERSE_SUM = range(9)
 # Then, by position and temperature (N, K): 1/S, log S (S = sum exp(a (z - max z))) and the row's mean of
-# log(P/Q) under P, as the kernels have it. Then the form of every tile (tiles, N) int32, (2,) normalisers,
-# and log Q of the large clusters (slots, K, C).
+# log(P/Q) under P, as the kernels have it. Then (2,) normalisers, the form of every tile (tiles, N) int32, and
+# log Q of the large clusters (slots, K, C).
 INVERSE, LOG_SUM, MEAN_RATIO = range(3)
 
 # Up to so many rows a program finds a row's place by looking at all targets; beyond, they are sorted first,
 # and clusters of more than LARGE_ROWS rows are shared out over several programs.
 TYPICAL_ROWS = 4096
 LARGE_ROWS = 1024
-# Tiles are narrow where a problem would otherwise keep only a part of the device busy.
+# Tiles are narrower where a problem would otherwise keep only a part of the device busy.
 SMALL_PROBLEM = 2**21
-NARROW = 256
+WIDE, NARROW = 512, 256
 
 WARPS = 4
-THREAD_VALUES = 64  # values of a block that a thread holds, all temperatures together
+# Left alone, NVIDIA's assembler spills a little where that lets one more program share a multiprocessor.
+OPTIONS = {"num_warps": WARPS} | ({} if torch.version.hip else {"maxnreg": 255})
+# Values of a block that a thread holds, all temperatures together: what the registers take. Half of that where
+# what a row has of its own by temperature is a lot, or a second table by temperature and column is held (for
+# upstream gradients of every row); a quarter for float64 (given centroids).
+THREAD_VALUES, MANY_TEMPERATURES = 64, 16
 ROWS_OF_SUMS = 64  # rows to a block where there are eight numbers of each, and nothing else
 
 
@@ -103,28 +108,45 @@ class Plan(NamedTuple):
     saved: int  # words
 
 
-def make_plan(n: int, c: int, k: int) -> Plan:
-    """The plan for logits (n, c), n > 0, and k temperatures."""
+def make_plan(n: int, c: int, k: int, per_row: bool, given: bool) -> Plan:
+    """The plan for logits (n, c), n > 0, and k temperatures.
+
+    `per_row`: the loss of every row is the result. `given`: the centroids are; it does not change `saved`.
+    """
     padded = next_power_of_two(k)
-    block = min(2048, THREAD_VALUES * 32 * WARPS // padded)  # rows x columns
+    threads = 32 * WARPS
+    values = THREAD_VALUES // 2 if padded >= MANY_TEMPERATURES else THREAD_VALUES
+    row_block = min(2048, values * threads // padded)
     width = max(16, next_power_of_two(c))
-    columns = min(width, block)
-    if n * c <= SMALL_PROBLEM:
-        columns = min(columns, NARROW)
-    rows = block // columns
-    tiles = -(-c // columns)
     sorted_first = n > TYPICAL_ROWS
-    chunk = max(rows, 8 if sorted_first else 4)
-    large = LARGE_ROWS if sorted_first else 0
+
+    def columns_of(block: int) -> int:
+        return min(width, block, NARROW if n * c <= SMALL_PROBLEM else WIDE)
+
+    block = row_block // 2 if per_row else row_block  # rows x columns
     slots = -(-n // LARGE_ROWS) if sorted_first else 0
-    row_columns = min(width, block)
-    if not sorted_first:  # each program looks at all targets: let it do that for several rows
-        row_columns = min(row_columns, max(16, block // min(8, next_power_of_two(-(-n // 512)))))
-    saved = 9 * n + 3 * n * k + tiles * n + 2 + slots * k * c
+    saved = 9 * n + 3 * n * k + 2 + -(-c // columns_of(block)) * n + slots * k * c
+    if given:
+        block = row_block // 4
+    columns = columns_of(block)
+    rows = block // columns
+    chunk = max(rows, 8 if sorted_first else 4)
+    row_columns = min(width, row_block)
+    if not sorted_first:  # every program looks at all targets: let it do that for several rows
+        row_columns = min(row_columns, max(16, row_block // min(8, next_power_of_two(-(-n // 512)))))
     return Plan(
-        rows, columns, tiles, chunk, -(-n // chunk), block // row_columns, row_columns, sorted_first, large,
-        slots, saved,
-    )  # fmt: skip
+        rows=rows,
+        columns=columns,
+        tiles=-(-c // columns),
+        chunk=chunk,
+        chunks=-(-n // chunk),
+        row_block=row_block // row_columns,
+        row_columns=row_columns,
+        sorted_first=sorted_first,
+        large=LARGE_ROWS if sorted_first and not given else 0,
+        slots=slots,
+        saved=saved,
+    )
 
 
 def next_power_of_two(x: int) -> int:

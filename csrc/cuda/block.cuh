@@ -1,0 +1,162 @@
+// A block at work on one class: its shared memory, its rows, and the tiles of columns it goes by.
+#pragma once
+
+#include "data.cuh"
+
+namespace cmim::cuda {
+
+// How a tile of columns is spread over the block: `groups` groups of `lanes` threads, kVector columns each
+// thread; every group takes rows of its own.
+struct Tiling {
+  int lanes, groups, columns;
+};
+
+template <class T>
+struct Block {
+  using S = typename T::S;
+  using A = typename T::A;
+
+  const Problem<A>& q;
+  const Saved<A>& saved;
+  int table_bytes, chip_bytes;
+  int first, count, label;  // the class: positions first .. first + count - 1
+  uint64_t centred;         // mask of the temperatures that are computed in the centred form
+  int64_t staged;           // which constants are there, see stage()
+  bool on_chip;             // the class's rows have been copied into shared memory
+
+  __device__ Block(const Problem<A>& problem, const Saved<A>& s, int bytes_of_table, int bytes_of_chip)
+      : q(problem), saved(s), table_bytes(bytes_of_table), chip_bytes(bytes_of_chip) {
+    set_class(0, 0, 0, 0);
+  }
+
+  // The parts of shared memory. Functions, not members, so that the compiler sees what memory they are in.
+  template <class V>
+  __device__ static V* shared(int offset) {
+    return reinterpret_cast<V*>(dynamic_shared_memory() + offset);
+  }
+  // Partial sums of the groups of a tile
+  __device__ static A* combine() { return shared<A>(0); }
+  // Numbers for each row of the batch and temperature
+  __device__ static A* constants() { return shared<A>(Sizes<A>::combine); }
+  // Where the rows of the batch are; their largest logits; the shifts of a centred class: (kBatch) each
+  __device__ static const S** data() { return shared<const S*>(Sizes<A>::combine + Sizes<A>::constants); }
+  __device__ static A* top() { return reinterpret_cast<A*>(data() + kBatch); }
+  __device__ static Difference<A>* shift() { return reinterpret_cast<Difference<A>*>(top() + kBatch); }
+  // kWarps * 8 numbers for reductions, and 32 integers
+  __device__ static A* scratch() { return reinterpret_cast<A*>(shift() + kBatch); }
+  __device__ static int* flags() { return reinterpret_cast<int*>(scratch() + kWarps * 8); }
+  // Numbers for each temperature and column of the tile
+  __device__ static A* table() { return shared<A>(Sizes<A>::fixed); }
+  __device__ S* chip() const { return shared<S>(Sizes<A>::fixed + table_bytes); }
+  __device__ int chip_stride() const {
+    return (q.classes * int(sizeof(S)) + 15) / 16 * (16 / int(sizeof(S)));
+  }
+
+  __device__ void set_class(int first_position, int rows, int of_label, uint64_t mask) {
+    first = first_position, count = rows, label = of_label, centred = mask;
+    on_chip = false;
+    staged = -1;
+  }
+  __device__ uint64_t every_temperature() const { return ~uint64_t(0) >> (64 - q.temperatures); }
+  __device__ bool in_chunk(uint64_t mask, int k0) const {
+    return (mask >> k0 & ((uint64_t(1) << T::kChunk) - 1)) != 0;
+  }
+
+  __device__ int64_t statistic(int row, int k) const { return int64_t(first + row) * q.padded + k; }
+
+  __device__ const S* row_data(int row) const {
+    if (on_chip) return chip() + row * chip_stride();
+    return static_cast<const S*>(q.logits) + saved.row[first + row] * q.row_stride;
+  }
+  __device__ Row<S> row_at(const S* at) const {
+    if (on_chip) return {at, 1, q.classes, true};
+    return {at, q.col_stride, q.classes, q.vector4};
+  }
+
+  // Copies the class's rows into shared memory if there is room; then a barrier.
+  __device__ void bring_rows() {
+    if (int64_t(count) * chip_stride() * int(sizeof(S)) > chip_bytes) return;
+    constexpr int per_word = 16 / int(sizeof(S));
+    const int words = q.vector16 ? q.classes / per_word : 0;
+    for (int i = threadIdx.x; i < count * words; i += kThreads) {
+      const int row = i / words, j = (i - row * words) * per_word;
+      copy16(chip() + row * chip_stride() + j, row_data(row) + j);
+    }
+    const int done = words * per_word, left = q.classes - done;
+    for (int i = threadIdx.x; i < count * left; i += kThreads) {
+      const int row = i / left, j = done + i - row * left;
+      chip()[row * chip_stride() + j] = row_data(row)[j * q.col_stride];
+    }
+    wait_for_copies();
+    __syncthreads();
+    on_chip = true;
+  }
+
+  // Tiles for `tables` numbers per temperature and column.
+  __device__ Tiling tiling(int tables) const {
+    const int room = table_bytes / int(sizeof(A)) / (q.padded * tables * kVector);
+    const int wanted = power_of_two_at_least((q.classes + kVector - 1) / kVector);
+    int lanes = kThreads;
+    while (lanes > 1 && (lanes > room || lanes > wanted)) lanes /= 2;
+    if (lanes < kThreads / kBatch) lanes = kThreads / kBatch;
+    return {lanes, kThreads / lanes, lanes * kVector};
+  }
+  // Rows of a batch: as many as the groups' sums have room for in `constants`
+  __device__ int batch_rows(const Tiling& t) const { return t.lanes > kWarp ? kBatch / 2 : kBatch; }
+
+  __device__ int rows_in_batch(int row0, int rows) const { return count - row0 < rows ? count - row0 : rows; }
+
+  // Puts the constants of the rows row0 .. row0 + rows - 1 into shared memory: fill(position in the batch,
+  // row) for each row, and each(position, row, k - k0) for each of `temperatures`. Does nothing if `key` says
+  // that they are there. Barriers before and after.
+  template <class Fill, class Each>
+  __device__ void stage(int64_t key, int row0, int rows, int temperatures, Fill fill, Each each) {
+    if (staged == key) return;
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows; i += kThreads) {
+      data()[i] = row_data(row0 + i);
+      top()[i] = saved.top[first + row0 + i];
+      fill(i, row0 + i);
+    }
+    for (int i = threadIdx.x; i < rows * temperatures; i += kThreads) {
+      const int row = i / temperatures;
+      each(row, row0 + row, i - row * temperatures);
+    }
+    staged = key;
+    __syncthreads();
+  }
+
+  // Adds up what the groups of a tile found, mean[k][u] in each thread, and hands the sum of every
+  // temperature and column to finish(k, column of the tile, sum). Barrier after.
+  template <class Finish>
+  __device__ void combine_groups(const Tiling& t, const A (&mean)[T::kChunk][kVector], Finish finish) {
+    constexpr int half = T::kChunk / 2;
+    const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes;
+    if (t.groups == 1) {
+#pragma unroll
+      for (int k = 0; k < T::kChunk; ++k)
+#pragma unroll
+        for (int u = 0; u < kVector; ++u) finish(k, lane * kVector + u, mean[k][u]);
+      __syncthreads();
+      return;
+    }
+#pragma unroll
+    for (int k0 = 0; k0 < T::kChunk; k0 += half) {
+#pragma unroll
+      for (int k = 0; k < half; ++k)
+#pragma unroll
+        for (int u = 0; u < kVector; ++u)
+          combine()[(group * half + k) * t.columns + lane * kVector + u] = mean[k0 + k][u];
+      __syncthreads();
+      for (int i = threadIdx.x; i < half * t.columns; i += kThreads) {
+        A sum = 0;
+        for (int g = 0; g < t.groups; ++g) sum += combine()[g * half * t.columns + i];
+        const int k = i / t.columns;
+        finish(k0 + k, i - k * t.columns, sum);
+      }
+      __syncthreads();
+    }
+  }
+};
+
+}  // namespace cmim::cuda

@@ -1,0 +1,115 @@
+// One class from its rows' statistics to its divergences and its share of the loss.
+#pragma once
+
+#include "finish.cuh"
+#include "rows.cuh"
+
+namespace cmim::cuda {
+
+// A temperature at which the class's mean KL (nats) is below this is done again in the centred form. The
+// plain form errs by some 1e-8 to 1e-7; docs/performance_cuda.md measures both sides of the seam.
+template <class A>
+constexpr A kCollapsed = sizeof(A) == 4 ? A(3e-2) : A(1e-9);
+
+// From what centred_sums() left in `sums`: saved.growth. Barrier after.
+template <class T>
+__device__ inline void finish_centred_sums(const Block<T>& b, const typename T::A* sums) {
+  for (int i = threadIdx.x; i < b.count * b.q.padded; i += kThreads) {
+    const int row = i / b.q.padded, k = i - row * b.q.padded;
+    const int64_t at = b.statistic(row, k);
+    b.saved.growth[at] = log1p_of(sums[at] / b.saved.sum[b.statistic(0, k)]);
+  }
+  __syncthreads();
+}
+
+// KL of the centred temperatures, to saved.divergence. Barrier after.
+template <class T>
+__device__ inline void finish_centred(const Block<T>& b, const typename T::A* kl) {
+  for (int i = threadIdx.x; i < b.count * b.q.padded; i += kThreads) {
+    const int row = i / b.q.padded, k = i - row * b.q.padded;
+    const int64_t at = b.statistic(row, k);
+    if (b.centred >> k & 1) b.saved.divergence[at] = kl[at];
+  }
+  __syncthreads();
+}
+
+// saved.divergence = sum_j P log(P/Q) = KL + 1 - sum_j Q for given centroids; KL stays in `kl`.
+template <class T>
+__device__ inline void finish_given(const Block<T>& b, const typename T::A* kl) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int k = warp; k < q.padded; k += kWarps) {
+    A sum = 0;
+    if (k < q.temperatures) {
+      const A* centroid = q.centroids + (int64_t(q.order[k]) * q.classes + b.label) * q.classes;
+      for (int j = lane; j < q.classes; j += kWarp) sum += centroid[j];
+    }
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += from_lane(sum, distance);
+    for (int row = lane; row < b.count; row += kWarp)
+      b.saved.divergence[b.statistic(row, k)] = kl[b.statistic(row, k)] + (A(1) - sum);
+  }
+}
+
+// KL of row and temperature, after whatever forms it took
+template <class T>
+__device__ inline typename T::A kl_of(const Block<T>& b, int row, int k, const typename T::A* kl) {
+  using A = typename T::A;
+  const int64_t at = b.statistic(row, k);
+  if (b.q.centroids) return kl[at];
+  const A divergence = b.saved.divergence[at];
+  if (b.centred >> k & 1) return divergence;
+  const A nats = divergence + log_positive(b.saved.sum[b.statistic(0, k)] / b.saved.sum[at]);
+  return nats < A(0) ? A(0) : nats;  // rounding; keeps a NaN
+}
+
+// The class's share of every sum over classes, to f.sums. `kl` null: the divergences are zero. Returns the
+// mask of the temperatures at which the class has collapsed. Barriers before and after.
+template <class T>
+__device__ inline uint64_t sum_class(const Block<T>& b, const Forward<typename T::A>& f, int slot,
+                                     const typename T::A* kl) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  __syncthreads();
+  for (int which = warp; which <= q.padded; which += kWarps) {
+    CarefulSum<A> sum;
+    for (int row = lane; row < b.count; row += kWarp) {
+      if (which == q.padded)
+        sum.add(f.ce[b.first + row]);
+      else if (kl)
+        sum.add(kl_of(b, row, which, kl));
+    }
+    A total = sum.value();
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) total += from_lane(total, distance);
+    if (lane != 0) continue;
+    *class_sum(q, f, which, slot) = total;
+    if (which < q.padded) b.combine()[which] = total;
+  }
+  if (threadIdx.x == 0) {
+    const A weight = q.class_weight && b.count > 0 ? q.class_weight[b.label] : A(1);
+    *class_sum(q, f, q.padded + kClassWeight, slot) = weight * A(b.count);
+    *class_sum(q, f, q.padded + kClassCount, slot) = A(b.count);
+  }
+  __syncthreads();
+  uint64_t collapsed = 0;
+  for (int k = 0; kl && k < q.temperatures; ++k)
+    if (b.combine()[k] < kCollapsed<A> * A(b.count)) collapsed |= uint64_t(1) << k;
+  return collapsed;
+}
+
+// The values of the class's rows, for reduction "none"
+template <class T>
+__device__ inline void store_rows(const Block<T>& b, const Forward<typename T::A>& f,
+                                  const typename T::A* kl) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  for (int row = threadIdx.x; row < b.count; row += kThreads) {
+    A cmi = 0;
+    for (int k = 0; kl && k < q.temperatures; ++k) cmi = fma(q.weight[k], kl_of(b, row, k, kl), cmi);
+    const A ce = q.has_ce ? q.ce_weight * f.ce[b.first + row] : A(0);
+    f.value[b.saved.row[b.first + row]] = q.has_cmi ? fma(q.cmi_weight, cmi, ce) : ce;
+  }
+}
+
+}  // namespace cmim::cuda

@@ -1,0 +1,218 @@
+// The centroids of a class, a tile of columns at a time, and the divergences of its rows from them.
+#pragma once
+
+#include "forms.cuh"
+
+namespace cmim::cuda {
+
+// Where the constants of a batch lie: three numbers for each row and temperature of a chunk, then the sums.
+template <class T>
+struct Constants3 {
+  typename T::A *weight, *loss, *level, *sums;
+  __device__ explicit Constants3(const Block<T>& b)
+      : weight(b.constants()),
+        loss(weight + kBatch * T::kChunk),
+        level(loss + kBatch * T::kChunk),
+        sums(level + kBatch * T::kChunk) {}
+};
+
+enum StagedFor { kMeans, kCentredMeans, kUpstream, kCentredUpstream, kGradient, kStagedFors };
+__device__ inline int64_t stage_key(int what, int row0, int k0) {
+  return (int64_t(row0) * kMaxTemperatures + k0) * kStagedFors + what;
+}
+
+// Finds the first column where the class's first row is largest: b.flags()[0]. Barriers before and after.
+template <class T>
+__device__ inline void find_largest_column(Block<T>& b) {
+  const Problem<typename T::A>& q = b.q;
+  __syncthreads();
+  if (threadIdx.x == 0) b.flags()[0] = q.classes - 1;
+  __syncthreads();
+  const Row<typename T::S> row = b.row_at(b.row_data(0));
+  for (int j = threadIdx.x; j < q.classes; j += kThreads)
+    if (widen(row.data[j * row.stride], q.storage) == b.saved.top[b.first]) {
+      atomicMin(&b.flags()[0], j);
+      break;
+    }
+  __syncthreads();
+}
+
+// z[j0] - z0[j0] of row i, see forms.cuh; j0 is in flags[0]
+template <class T>
+__device__ inline Difference<typename T::A> shift_of(const Block<T>& b, int row) {
+  const int64_t at = b.on_chip ? b.flags()[0] : b.flags()[0] * b.q.col_stride;
+  return difference(widen(b.row_data(row)[at], b.q.storage), widen(b.row_data(0)[at], b.q.storage));
+}
+
+// Constants for the form's load and terms. `upstream` null: weights of the mean; else (position) -> weight of
+// the row in its class, for sum_i g_i P_i.
+template <class Form, class T>
+__device__ inline void stage_rows(Block<T>& b, int row0, int rows, int k0, const typename T::A* upstream) {
+  using A = typename T::A;
+  const Constants3<T> c(b);
+  b.stage(
+      stage_key((upstream ? kUpstream : kMeans) + (Form::kForm == kCentred), row0, k0), row0, rows, T::kChunk,
+      [&](int i, int row) {
+        if constexpr (Form::kForm == kCentred) {
+          const Difference<A> shift = shift_of(b, row);
+          b.shift()[i] = shift;
+        }
+      },
+      [&](int i, int row, int k) {
+        const int64_t from = b.statistic(row, k0 + k);
+        const A g = upstream ? upstream[b.first + row] : A(1);
+        const int at = i * T::kChunk + k;
+        if constexpr (Form::kForm == kCentred) {
+          const A growth = b.saved.growth[from];
+          c.level[at] = growth;
+          c.weight[at] = g * exp_of(-growth);
+          c.loss[at] = -g * expm1_of(-growth);
+        } else {
+          c.weight[at] = g * (b.saved.sum[b.statistic(0, k0 + k)] / b.saved.sum[from]);
+          if constexpr (Form::kForm == kGiven) {
+            c.weight[at] = A(1) / b.saved.sum[from];
+            c.level[at] = log_positive(b.saved.sum[from]);
+          }
+        }
+      });
+}
+
+// Sums of the form's mean terms over the class's rows, for the temperatures of a chunk: finish(k, column of
+// the tile, sum). Barrier after.
+template <class Form, class T, class Finish>
+__device__ inline void sum_over_rows(Block<T>& b, Form& form, const Tiling& t, int c0, int k0,
+                                     const typename T::A* upstream, Finish finish) {
+  using A = typename T::A;
+  const Constants3<T> c(b);
+  const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes;
+  const int j = c0 + lane * kVector, batch = b.batch_rows(t);
+  A mean[T::kChunk][kVector] = {};
+  for (int row0 = 0; row0 < b.count; row0 += batch) {
+    const int rows = b.rows_in_batch(row0, batch);
+    stage_rows<Form>(b, row0, rows, k0, upstream);
+    if (j < b.q.classes)
+      for (int i = group; i < rows; i += t.groups) {
+        form.load(b, b.data()[i], i, j, k0);
+#pragma unroll
+        for (int k = 0; k < T::kChunk; ++k) {
+          const A weight = c.weight[i * T::kChunk + k], loss = c.loss[i * T::kChunk + k];
+#pragma unroll
+          for (int u = 0; u < kVector; ++u)
+            mean[k][u] = form.add_mean_term(b.q, k0 + k, u, weight, loss, mean[k][u]);
+          form.next();
+        }
+      }
+  }
+  b.combine_groups(t, mean, finish);
+}
+
+// The tables of the tile that starts at column c0, see forms.cuh: (padded, columns), for the centred form
+// followed by Q if `with_centroid`. Only the temperatures in `wanted`.
+template <class Form, class T>
+__device__ inline void build_tables(Block<T>& b, Form& form, const Tiling& t, int c0, uint64_t wanted,
+                                    bool with_centroid) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  // 1/n rounded would be off by the same part everywhere, and so would KL
+  const A scale = A(1) / A(b.count), rest = fma(-scale, A(b.count), A(1)) * scale;
+  for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
+    if (!b.in_chunk(wanted, k0)) continue;
+    sum_over_rows<Form>(b, form, t, c0, k0, static_cast<const A*>(nullptr), [&](int k, int column, A sum) {
+      k += k0;
+      if (!(wanted >> k & 1)) return;
+      A* at = b.table() + k * t.columns + column;
+      const A mean = fma(sum, scale, sum * rest);
+      if constexpr (Form::kForm == kCentred) {
+        *at = log1p_of(mean);
+        const int j = c0 + column;
+        if (!with_centroid) return;
+        A centroid = 0;
+        if (j < q.classes) {
+          const int64_t from = b.on_chip ? j : j * q.col_stride;
+          const A x = larger(widen(b.row_data(0)[from], q.storage) - b.saved.top[b.first], q.floor);
+          centroid = exp_nonpositive(q.a[k] * x) / b.saved.sum[b.statistic(0, k)];
+        }
+        at[q.padded * t.columns] = centroid * (A(1) + mean);
+      } else {
+        *at = mean > A(0) ? log_positive(mean) : mean;  // keeps a NaN; a class masked throughout has P = 0
+      }
+    });
+  }
+}
+
+// The tables of given centroids
+template <class T>
+__device__ inline void load_tables(Block<T>& b, const Tiling& t, int c0) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  __syncthreads();
+  for (int i = threadIdx.x; i < q.padded * t.columns; i += kThreads) {
+    const int k = i / t.columns, j = c0 + i - k * t.columns;
+    A given = 0;
+    if (k < q.temperatures && j < q.classes)
+      given = q.centroids[(int64_t(q.order[k]) * q.classes + b.label) * q.classes + j];
+    b.table()[i] = given > A(0) ? log_positive(given) : A(-1e4);  // finite: 0 * x is 0
+    b.table()[i + q.padded * t.columns] = given;
+  }
+  __syncthreads();
+}
+
+// For the rows of the class, the part of the columns begin .. end - 1 of: sum_j P t' in the plain form, else
+// KL; to out[position * padded + k]. Only the temperatures in `wanted`, and others of their chunks, where it
+// may be anything. begin is a multiple of the tiles' columns. Barrier after.
+template <class Form, class T>
+__device__ inline void divergences(Block<T>& b, const Tiling& t, int begin, int end, uint64_t wanted,
+                                   typename T::A* out) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  const Constants3<T> c(b);
+  const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes, batch = b.batch_rows(t);
+  const int parts = t.lanes > kWarp ? t.lanes / kWarp : 1;  // a row's sums come from that many warps
+  Form form;
+  for (int c0 = begin; c0 < end; c0 += t.columns) {
+    const int j = c0 + lane * kVector;
+    form.enter_tile(b, j);
+    if constexpr (Form::kForm == kGiven)
+      load_tables(b, t, c0);
+    else
+      build_tables(b, form, t, c0, wanted, true);
+    for (int row0 = 0; row0 < b.count; row0 += batch) {
+      const int rows = b.rows_in_batch(row0, batch);
+      for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
+        if (!b.in_chunk(wanted, k0)) continue;
+        stage_rows<Form>(b, row0, rows, k0, nullptr);
+        for (int i0 = 0; i0 < rows; i0 += t.groups) {
+          const int i = i0 + group;
+          A sum[T::kChunk] = {};
+          if (i < rows && j < q.classes) {
+            form.load(b, b.data()[i], i, j, k0);
+#pragma unroll
+            for (int k = 0; k < T::kChunk; ++k) {
+              const A* table = b.table() + (k0 + k) * t.columns + lane * kVector;
+              const A weight = c.weight[i * T::kChunk + k], level = c.level[i * T::kChunk + k];
+#pragma unroll
+              for (int u = 0; u < kVector; ++u)
+                sum[k] =
+                    form.add_divergence_term(q, k0 + k, u, weight, level, table[u],
+                                             table[u + (Form::kTables - 1) * q.padded * t.columns], sum[k]);
+              form.next();
+            }
+          }
+          deposit_sums(sum, t.lanes, c.sums + (i * parts + lane / kWarp) * T::kChunk);
+        }
+        __syncthreads();
+        for (int at = threadIdx.x; at < rows * T::kChunk; at += kThreads) {
+          const int i = at / T::kChunk, k = at - i * T::kChunk;
+          A sum = 0;
+          for (int part = 0; part < parts; ++part) sum += c.sums[(i * parts + part) * T::kChunk + k];
+          const int64_t to = b.statistic(row0 + i, k0 + k);
+          if (Form::kForm == kPlain) sum /= b.saved.sum[to];
+          out[to] = c0 == begin ? sum : out[to] + sum;
+        }
+        __syncthreads();
+      }
+    }
+  }
+}
+
+}  // namespace cmim::cuda

@@ -1,0 +1,79 @@
+// From sums over classes to the value, and the word that tells the host of a bad label.
+#pragma once
+
+#include "device.h"
+
+namespace cmim::cuda {
+
+template <class A>
+__device__ inline A* class_sum(const Problem<A>& q, const Forward<A>& f, int which, int slot) {
+  return f.sums + int64_t(which) * q.slots + slot;
+}
+
+// True in the last block of the grid to come here. What any block wrote before is visible to that one, if it
+// reads with __ldcg.
+__device__ inline bool last_to_finish(unsigned* ticket, int* flag) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const bool last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    *flag = last;
+    if (last) *ticket = 0;  // for the next launch on this stream
+  }
+  __syncthreads();
+  if (*flag) __threadfence();
+  return *flag;
+}
+
+// The value from the sums over classes, by one block. `scratch`: padded + kClassSums numbers of shared
+// memory.
+template <class A>
+__device__ inline void finish_value(const Problem<A>& q, const Forward<A>& f, A* totals, A* scratch) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int which = warp; which < q.padded + kClassSums; which += kWarps) {
+    CarefulSum<A> sum;
+    for (int slot = lane; slot < q.slots; slot += kWarp) sum.add(__ldcg(class_sum(q, f, which, slot)));
+    A total = sum.value();
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) total += from_lane(total, distance);
+    if (lane == 0) scratch[which] = total;
+  }
+  __syncthreads();
+  const bool bad = __ldcg(f.invalid) != 0;
+  const A ce = scratch[q.padded + kClassCe], weight = scratch[q.padded + kClassWeight];
+  const A kept = scratch[q.padded + kClassCount];
+  if (threadIdx.x == 0) {
+    totals[kKept] = kept, totals[kWeightSum] = weight;
+    totals[kInvalid] = bad;
+  }
+  if (q.reduction == kSpectrum)
+    for (int k = threadIdx.x; k < q.temperatures; k += kThreads)
+      f.value[q.order[k]] = bad ? not_a_number<A>() : scratch[k] / kept;
+  if (threadIdx.x != 0 || q.reduction == kNone || q.reduction == kSpectrum) return;
+  A value = 0, cmi = 0;
+  if (q.has_ce) value += q.ce_weight * (q.reduction == kMean ? ce / weight : ce);
+  if (q.has_cmi) {
+    for (int k = 0; k < q.temperatures; ++k) cmi = fma(q.weight[k], scratch[k], cmi);
+    value += q.cmi_weight * (q.reduction == kMean ? cmi / kept : cmi);
+  }
+  *f.value = bad ? not_a_number<A>() : value;
+}
+
+// Rows that are in no class: 0 if ignored. A label out of range makes the value NaN and is told to the host,
+// which raises in a later call; it is never used as an index. Rows are shared out over the grid.
+template <class A>
+__device__ inline void finish_other_rows(const Problem<A>& q, const Forward<A>& f) {
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < q.rows; i += gridDim.x * kThreads) {
+    const int64_t label = q.target[i * q.target_stride];
+    const bool ignored = label == q.ignore_index;
+    if (!ignored && label >= 0 && label < q.classes) continue;
+    if (q.reduction == kNone) f.value[i] = ignored ? A(0) : not_a_number<A>();
+    if (!ignored && f.bad_label) {
+      volatile int64_t* word = f.bad_label;
+      word[1] = label;
+      __threadfence_system();
+      word[0] = 1 + i;
+    }
+  }
+}
+
+}  // namespace cmim::cuda

@@ -1,0 +1,82 @@
+// The typical batch in one launch: a block takes a class, finds its rows, brings them on chip, and goes all
+// the way to its share of the loss; the block that finishes last adds the shares up.
+#include "classes.cuh"
+#include "group.cuh"
+#include "launch.h"
+
+namespace cmim::cuda {
+namespace {
+
+// From the rows' statistics to their divergences, in the form that each temperature needs.
+template <class T>
+__device__ void fused_divergences(Block<T>& b, const Forward<typename T::A>& f, int slot) {
+  const int classes = b.q.classes;
+  const uint64_t all = b.every_temperature();
+  auto* const kl = f.partial;
+  if (b.q.centroids) {
+    divergences<Given<T>>(b, b.tiling(Given<T>::kTables), 0, classes, all, kl);
+    finish_given(b, kl);
+    sum_class(b, f, slot, kl);
+    return;
+  }
+  divergences<Plain<T>>(b, b.tiling(Plain<T>::kTables), 0, classes, all, b.saved.divergence);
+  const uint64_t collapsed = sum_class(b, f, slot, kl);
+  if (!collapsed) return;
+  find_largest_column(b);
+  b.centred = not_too_wide(b, collapsed, centred_sums(b, 0, classes, collapsed, kl));
+  if (!b.centred) return;
+  finish_centred_sums(b, kl);
+  divergences<Centred<T>>(b, b.tiling(Centred<T>::kTables), 0, classes, b.centred, kl);
+  finish_centred(b, kl);
+  sum_class(b, f, slot, kl);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
+    fused_forward(const __grid_constant__ ForwardLaunch<typename T::A> p) {
+  const auto& q = p.problem;
+  const auto& f = p.forward;
+  Block<T> b(q, p.saved, f.table_bytes, f.chip_bytes);
+  const int slot = blockIdx.x;
+  const FoundClass found = find_class(q, slot, p.saved.row, b.flags());
+  b.set_class(found.first, found.count, found.label, 0);
+  const bool cluster = q.has_cmi && (found.count > 1 || (found.count == 1 && q.centroids));
+  if (found.count > 0) {
+    b.bring_rows();
+    row_statistics(b, found.count, cluster, f.ce);
+  }
+  if (cluster)
+    fused_divergences(b, f, slot);
+  else
+    sum_class(b, f, slot, static_cast<const typename T::A*>(nullptr));
+  if (q.reduction == kNone) store_rows(b, f, cluster ? f.partial : nullptr);
+  if (threadIdx.x == 0) {
+    p.saved.first[slot] = found.first, p.saved.count[slot] = found.count;
+    p.saved.centred[2 * slot] = uint32_t(b.centred),
+                        p.saved.centred[2 * slot + 1] = uint32_t(b.centred >> 32);
+    if (slot == 0) *f.invalid = found.invalid;
+  }
+  finish_other_rows(q, f);
+  if (last_to_finish(f.ticket, b.flags())) finish_value(q, f, p.saved.totals, b.combine());
+}
+
+__device__ unsigned tickets[kTickets];
+
+}  // namespace
+
+unsigned* ticket_table() {
+  void* table = nullptr;
+  if (cudaGetSymbolAddress(&table, tickets) != cudaSuccess) return nullptr;
+  return static_cast<unsigned*>(table);
+}
+
+template <class T>
+Kernel<ForwardLaunch<typename T::A>> fused_kernel() {
+  return fused_forward<T>;
+}
+
+#define CMIM_INSTANTIATE(S, A, chunk, chain) \
+  template Kernel<ForwardLaunch<A>> fused_kernel<Kind<S, A, chunk, chain>>();
+CMIM_FOR_EACH_KIND(CMIM_INSTANTIATE)
+
+}  // namespace cmim::cuda

@@ -1,0 +1,233 @@
+// The gradient of a class's rows, a tile of columns at a time:
+//
+//   dL/dz_ij = sum_k c_ik exp(a_k x_ij) (t_kij - KL_ik)  +  the cross entropy's
+//
+// with c_ik = upstream * weight * a_k / sum. Written as polynomials in exp(unit x_ij), whose
+// coefficients are linear in x_ij, that is three fused multiply-adds for each temperature; in a class with
+// centred temperatures they are linear in x_ij and d_ij, and four.
+//
+// Where every row has an upstream gradient g_i of its own (reduction "none"), t - KL becomes h - sum_m P_m
+// h_m with h_j = g_i t_j - rho_j and rho_j = sum_m g_m P_mj / (n Q_j). A constant added to rho changes
+// nothing, so g_m is taken less its mean over the class; then rho is small in collapsed classes, and exact to
+// rounding.
+#pragma once
+
+#include "cluster.cuh"
+
+namespace cmim::cuda {
+
+// What multiplies KL_k and CE in the loss, upstream included, but for g_i
+template <class A>
+__device__ inline A divergence_scale(const Problem<A>& q, const Saved<A>& s, const Backward<A>& w, int k) {
+  if (q.reduction == kSpectrum) return w.grad[q.order[k] * w.grad_stride] / s.totals[kKept];
+  const A scale = q.cmi_weight * q.weight[k];
+  if (q.reduction == kNone) return scale;
+  return scale * w.grad[0] / (q.reduction == kMean ? s.totals[kKept] : A(1));
+}
+template <class A>
+__device__ inline A cross_entropy_scale(const Problem<A>& q, const Saved<A>& s, const Backward<A>& w) {
+  if (q.reduction == kNone) return q.ce_weight;
+  return q.ce_weight * w.grad[0] / (q.reduction == kMean ? s.totals[kWeightSum] : A(1));
+}
+
+// Per row of the batch and temperature: what is multiplied by the table, x unit, d, 1 and rho
+template <class A>
+struct Coefficients {
+  A *of_table, *of_x, *of_d, *constant, *of_rho;  // (rows, padded)
+  A *ce_scale, *ce_target, *ce_smooth;            // (kBatch)
+  int rows;
+};
+template <class T>
+__device__ inline Coefficients<typename T::A> coefficients(const Block<T>& b) {
+  using A = typename T::A;
+  Coefficients<A> c;
+  c.ce_scale = b.constants(), c.ce_target = c.ce_scale + kBatch, c.ce_smooth = c.ce_target + kBatch;
+  const int room = Sizes<A>::constants / int(sizeof(A)) - 3 * kBatch;
+  c.rows = room / (5 * b.q.padded) < kBatch ? room / (5 * b.q.padded) : kBatch;
+  c.of_table = c.ce_smooth + kBatch, c.of_x = c.of_table + c.rows * b.q.padded;
+  c.of_d = c.of_x + c.rows * b.q.padded, c.constant = c.of_d + c.rows * b.q.padded;
+  c.of_rho = c.constant + c.rows * b.q.padded;
+  return c;
+}
+
+// `cluster`: the class's divergences count.
+template <bool kMixed, class T>
+__device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>& w,
+                                      const Coefficients<typename T::A>& c, int row0, int rows,
+                                      bool cluster) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  b.stage(
+      stage_key(kGradient, row0, 0), row0, rows, cluster ? q.padded : 0,
+      [&](int i, int row) {
+        const int position = b.first + row;
+        const A g = q.reduction == kNone ? w.grad[b.saved.row[position] * w.grad_stride] : A(1);
+        if (kMixed) {
+          const Difference<A> shift = shift_of(b, row);
+          b.shift()[i] = shift;
+        }
+        const A scale = q.has_ce ? cross_entropy_scale(q, b.saved, w) * g : A(0);
+        const A hard = scale * (A(1) - q.smoothing) * (q.class_weight ? q.class_weight[b.label] : A(1));
+        const A smooth = scale * q.smoothing / A(q.classes);
+        const A both = q.smoothing > A(0) ? fma(smooth, b.saved.totals[kSmoothingSum], hard) : hard;
+        c.ce_scale[i] = q.has_ce ? both / b.saved.ce_sum[position] : A(0);
+        c.ce_target[i] = hard;
+        c.ce_smooth[i] = smooth;
+      },
+      [&](int i, int row, int k) {
+        const int64_t from = b.statistic(row, k);
+        const int at = i * q.padded + k;
+        if (k >= q.temperatures) {  // nothing was computed there
+          c.of_table[at] = c.of_x[at] = c.of_d[at] = c.constant[at] = c.of_rho[at] = 0;
+          return;
+        }
+        const A row_sum = b.saved.sum[from], divergence = b.saved.divergence[from];
+        const A g = q.reduction == kNone ? w.grad[b.saved.row[b.first + row] * w.grad_stride] : A(1);
+        const A dot = q.reduction == kNone && !q.centroids ? w.dots[from] : A(0);
+        const A each = divergence_scale(q, b.saved, w, k) * q.a[k] / row_sum;
+        const A scale = each * g;
+        const bool centred = kMixed && (b.centred >> k & 1);
+        const A level = centred ? b.saved.growth[from] : q.centroids ? log_positive(row_sum) : A(0);
+        c.of_table[at] = -scale;
+        c.of_x[at] = centred ? A(0) : scale * q.multiple[k];
+        c.of_d[at] = centred ? scale * q.a[k] : A(0);
+        c.constant[at] = each * dot - scale * (level + divergence);
+        c.of_rho[at] = -each;
+      });
+}
+
+// The tables of the tile: log-ratio tables by each temperature's form and, if `with_rho`, rho into the
+// second.
+template <bool kMixed, class T>
+__device__ inline void build_gradient_tables(Block<T>& b, const Tiling& t, int c0, bool with_rho,
+                                             const typename T::A* upstream) {
+  using A = typename T::A;
+  const uint64_t all = b.every_temperature();
+  const A scale = A(1) / A(b.count);
+  A* const rho = b.table() + b.q.padded * t.columns;
+  const auto build = [&](auto form, uint64_t wanted) {
+    using F = decltype(form);
+    form.enter_tile(b, c0 + int(threadIdx.x) % t.lanes * kVector);
+    build_tables(b, form, t, c0, wanted, false);
+    for (int k0 = 0; with_rho && k0 < b.q.padded; k0 += T::kChunk) {
+      if (!b.in_chunk(wanted, k0)) continue;
+      sum_over_rows<F>(b, form, t, c0, k0, upstream, [&](int k, int column, A sum) {
+        k += k0;
+        if (!(wanted >> k & 1)) return;
+        const int at = k * t.columns + column;
+        rho[at] = sum * scale * exp_of(-b.table()[at]);
+      });
+    }
+  };
+  build(Plain<T>(), kMixed ? all & ~b.centred : all);
+  if constexpr (kMixed) build(Centred<T>(), b.centred);
+  // what lies beyond the last temperature has coefficients of zero, and must be finite
+  for (int i = b.q.temperatures * t.columns + threadIdx.x; i < b.q.padded * t.columns; i += kThreads) {
+    b.table()[i] = 0;
+    if (with_rho) rho[i] = 0;
+  }
+}
+
+// g += the divergences' part, for one row and kVector columns
+template <bool kMixed, class T>
+__device__ inline void add_divergences(const Problem<typename T::A>& q, const Coefficients<typename T::A>& c,
+                                       int i, const typename T::A* table, int columns, bool with_rho,
+                                       const typename T::A (&x)[kVector], const typename T::A (&d)[kVector],
+                                       typename T::A (&g)[kVector]) {
+  using A = typename T::A;
+  A y[kVector], base[kVector];
+#pragma unroll
+  for (int u = 0; u < kVector; ++u) {
+    y[u] = x[u] * q.unit;
+    if constexpr (T::kChain) base[u] = exp_nonpositive(y[u]);
+  }
+  constexpr int run =
+      4;  // temperatures that follow from one exponential; its rounding counts fourfold at most
+  for (int k0 = 0; k0 < q.padded; k0 += run) {
+    A sum[kVector] = {};
+#pragma unroll
+    for (int m = run - 1; m >= 0; --m) {
+      const int k = k0 + m, at = i * q.padded + k;
+#pragma unroll
+      for (int u = 0; u < kVector; ++u) {
+        A value = fma(c.of_table[at], table[k * columns + u], fma(c.of_x[at], y[u], c.constant[at]));
+        if (kMixed) value = fma(c.of_d[at], d[u], value);
+        if (with_rho) value = fma(c.of_rho[at], table[(q.padded + k) * columns + u], value);
+        if constexpr (T::kChain)
+          sum[u] = fma(sum[u], base[u], value);
+        else
+          g[u] = fma(exp_nonpositive(product(q.a[k], x[u])), value, g[u]);
+      }
+    }
+    if constexpr (T::kChain)
+#pragma unroll
+      for (int u = 0; u < kVector; ++u)
+        g[u] = fma(sum[u], q.multiple[k0] == A(1) ? base[u] : exp_nonpositive(q.multiple[k0] * y[u]), g[u]);
+  }
+}
+
+// The gradient of the class's rows in columns begin .. end - 1. `cluster`: its divergences count.
+template <bool kMixed, class T>
+__device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>& w, int begin, int end,
+                                      bool cluster) {
+  using A = typename T::A;
+  using S = typename T::S;
+  const Problem<A>& q = b.q;
+  const bool with_rho = cluster && q.reduction == kNone && !q.centroids;
+  const Tiling t = b.tiling(with_rho || q.centroids ? 2 : 1);
+  const Coefficients<A> c = coefficients(b);
+  const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes;
+  for (int c0 = begin; c0 < end; c0 += t.columns) {
+    const int j = c0 + lane * kVector;
+    if (cluster && q.centroids) load_tables(b, t, c0);
+    if (cluster && !q.centroids) build_gradient_tables<kMixed>(b, t, c0, with_rho, w.upstream);
+    A z0[kVector];
+    if (kMixed) load_vector(b.row_at(b.row_data(0)), j, q.storage, z0);
+    for (int row0 = 0; row0 < b.count; row0 += c.rows) {
+      const int rows = b.rows_in_batch(row0, c.rows);
+      stage_gradient<kMixed>(b, w, c, row0, rows, cluster);
+      if (j >= end) continue;
+      for (int i = group; i < rows; i += t.groups) {
+        A z[kVector], x[kVector], d[kVector], g[kVector] = {};
+        load_vector(b.row_at(b.data()[i]), j, q.storage, z);
+#pragma unroll
+        for (int u = 0; u < kVector; ++u) {
+          x[u] = larger(z[u] - b.top()[i], q.floor);
+          d[u] = kMixed ? offset(z[u], z0[u], b.shift()[i]) : A(0);
+        }
+        if (cluster)
+          add_divergences<kMixed, T>(q, c, i, b.table() + lane * kVector, t.columns, with_rho, x, d, g);
+        if (q.has_ce) {
+#pragma unroll
+          for (int u = 0; u < kVector;
+               ++u)  // first its own terms, whose difference may be small beside either
+            g[u] += fma(c.ce_scale[i], exp_nonpositive(x[u]), j + u == b.label ? -c.ce_target[i] : A(0));
+          if (q.smoothing > A(0))
+            for (int u = 0; u < kVector && j + u < end; ++u)
+              g[u] -= c.ce_smooth[i] * (q.class_weight ? q.class_weight[j + u] : A(1));
+        }
+        S* const to = static_cast<S*>(w.out) + int64_t(b.saved.row[b.first + row0 + i]) * q.classes;
+        store_vector(to, j, end, w.out_vector, q.storage, g);
+      }
+    }
+  }
+}
+
+// Rows outside every class: zero if ignored, NaN if the label is out of range. Shared out over the grid.
+template <class T>
+__device__ inline void other_rows_gradient(const Problem<typename T::A>& q,
+                                           const Backward<typename T::A>& w) {
+  using A = typename T::A;
+  for (int i = blockIdx.x; i < q.rows; i += gridDim.x) {
+    const int64_t label = q.target[i * q.target_stride];
+    const bool ignored = label == q.ignore_index;
+    if (!ignored && label >= 0 && label < q.classes) continue;
+    const A value = ignored ? A(0) : not_a_number<A>();
+    const A g[kVector] = {value, value, value, value};
+    auto* const to = static_cast<typename T::S*>(w.out) + int64_t(i) * q.classes;
+    for (int j = threadIdx.x * kVector; j < q.classes; j += kThreads * kVector)
+      store_vector(to, j, q.classes, w.out_vector, q.storage, g);
+  }
+}
+
+}  // namespace cmim::cuda

@@ -1,0 +1,73 @@
+// The kernels' arguments, and the launchers that choose among the kernels. Free of torch headers.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <vector>
+
+#include "problem.h"
+
+namespace cmim::cuda {
+
+template <class A>
+struct ForwardLaunch {
+  Problem<A> problem;
+  Saved<A> saved;
+  Forward<A> forward;
+};
+template <class A>
+struct BackwardLaunch {
+  Problem<A> problem;
+  Saved<A> saved;
+  Backward<A> backward;
+};
+
+template <class P>
+using Kernel = void (*)(P);
+
+// Every kind of kernel there is: storage, arithmetic, temperatures at a time, one exponential for all of them
+#define CMIM_FOR_EACH_KIND(X)           \
+  X(float, float, kChainChunk, true)    \
+  X(Narrow, float, kChainChunk, true)   \
+  X(float, float, kDirectChunk, false)  \
+  X(Narrow, float, kDirectChunk, false) \
+  X(double, double, kDirectChunk, false)
+
+template <class T>
+Kernel<ForwardLaunch<typename T::A>> fused_kernel();
+template <class T>
+Kernel<BackwardLaunch<typename T::A>> row_dots_kernel();
+template <class T>
+Kernel<BackwardLaunch<typename T::A>> gradient_kernel();
+
+// One call of an operator, as the host has it. Pointers are to device memory, strides in elements.
+struct Call {
+  const void* logits;
+  Storage storage;
+  int64_t rows, classes, row_stride, col_stride;
+  const int64_t* target;
+  int64_t target_stride;
+  std::vector<double> a, weight;  // inverse temperatures and their weights, in any order
+  const void *class_weight, *centroids;
+  double ce_weight, cmi_weight, smoothing;
+  int64_t ignore_index;
+  Reduction reduction;
+};
+
+// Elements of the arithmetic type that the caller allocates for `scratch`.
+int64_t forward_scratch(const Call& call);
+int64_t backward_scratch(const Call& call);
+
+// Enqueue on `stream` of the current device; rows > 0. Throw std::runtime_error with the shape if that fails.
+void forward(const Call& call, void* value, void* saved, void* scratch, cudaStream_t stream);
+void backward(const Call& call, const void* grad, int64_t grad_stride, void* saved, void* out, void* scratch,
+              cudaStream_t stream);
+
+// Counters of finished blocks, on the current device, zero at first.
+constexpr int kTickets = 4096;
+unsigned* ticket_table();
+
+// Throws std::runtime_error if an earlier launch met a label out of range, and forgets it. Does not wait.
+void check_labels();
+
+}  // namespace cmim::cuda

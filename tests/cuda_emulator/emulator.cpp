@@ -1,0 +1,325 @@
+#include <cuda_runtime.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace {
+
+constexpr size_t kStack = 64 * 1024, kShared = 256 * 1024;
+constexpr int kWarp = 32;
+
+// Set by the tests
+int g_order = 0;        // 0: ascending, 1: descending, else: the seed of a shuffle
+int g_processors = 3;   // multiprocessors of the emulated device
+int g_shared_kb = 227;  // shared memory a block may have
+bool g_capturing = false;
+uint64_t g_launches = 0;
+
+struct Fiber;
+struct Warp {
+  uint64_t given[2][kWarp];
+  int arrived = 0;
+  unsigned round = 0;
+};
+struct BlockState {
+  unsigned index = 0;
+  int live = 0, at_barrier = 0;
+  unsigned round = 0;
+  unsigned char* shared = nullptr;
+  std::vector<Warp> warps;
+};
+struct GridState {
+  int live = 0, arrived = 0;
+  unsigned round = 0;
+};
+struct Fiber {
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;
+  unsigned thread = 0;
+  BlockState* block = nullptr;
+  const unsigned* waits_for = nullptr;  // resumed when this is no longer `round`
+  unsigned round = 0;
+  bool done = false;
+};
+
+GridState g_grid;
+Fiber* g_now = nullptr;
+void* g_scheduler = nullptr;
+void (*g_body)(const void*) = nullptr;
+const void* g_argument = nullptr;
+
+// Saves the caller's registers on its stack, and goes on where `to` was left.
+extern "C" void emulator_switch(void** from, void* to);
+#if defined(__x86_64__)
+asm(R"(
+.text
+.globl emulator_switch
+.type emulator_switch,@function
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulator_switch,.-emulator_switch
+)");
+#else
+#error "the emulator's context switch is written for x86-64"
+#endif
+
+void run_fiber() {
+  g_body(g_argument);
+  g_now->done = true;
+  --g_now->block->live;
+  --g_grid.live;
+  emulator_switch(&g_now->stack_pointer, g_scheduler);
+  std::abort();
+}
+
+void prepare(Fiber& f) {
+  // as emulator_switch leaves a stack: six registers, then where to return to, aligned as after a call
+  auto top = reinterpret_cast<uintptr_t>(f.stack + kStack) / 16 * 16 - 8;
+  auto* p = reinterpret_cast<void**>(top);
+  *--p = reinterpret_cast<void*>(&run_fiber);
+  for (int i = 0; i < 6; ++i) *--p = nullptr;
+  f.stack_pointer = p;
+  f.done = false;
+  f.waits_for = nullptr;
+}
+
+void wait_until_changed(const unsigned* what, unsigned round) {
+  Fiber& me = *g_now;
+  me.waits_for = what;
+  me.round = round;
+  emulator_switch(&me.stack_pointer, g_scheduler);
+  me.waits_for = nullptr;
+}
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "CUDA emulator: %s in block %u\n", what, blockIdx.x);
+  std::abort();
+}
+
+// Resumes one fiber after the other, in the order asked for, until all are done.
+void run_all(std::vector<Fiber>& fibers) {
+  std::vector<unsigned> order(fibers.size());
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = g_order == 1 ? unsigned(order.size()) - 1 - i : i;
+  uint64_t random = uint64_t(g_order) * 0x9e3779b97f4a7c15u + 1;
+  for (;;) {
+    if (g_order > 1)
+      for (size_t i = order.size() - 1; i > 0; --i) {
+        random = random * 6364136223846793005u + 1442695040888963407u;
+        std::swap(order[i], order[(random >> 33) % (i + 1)]);
+      }
+    bool all_done = true, any_ran = false;
+    for (unsigned i : order) {
+      Fiber& f = fibers[i];
+      if (f.done) continue;
+      all_done = false;
+      if (f.waits_for && *f.waits_for == f.round) continue;
+      any_ran = true;
+      g_now = &f;
+      threadIdx.x = f.thread;
+      blockIdx.x = f.block->index;
+      emulator_switch(&g_scheduler, f.stack_pointer);
+    }
+    if (all_done) return;
+    if (!any_ran) fail("threads wait at a barrier or an exchange that the others never reach");
+  }
+}
+
+unsigned char* new_shared(size_t bytes) {
+  // ends at a page that may not be touched
+  static const size_t page = 4096;
+  const size_t size = (bytes + page - 1) / page * page + page;
+  void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) fail("no memory");
+  mprotect(static_cast<char*>(p) + size - page, page, PROT_NONE);
+  return static_cast<unsigned char*>(p) + (size - page - bytes);
+}
+
+}  // namespace
+
+unsigned char* emulated_shared_memory() {
+  return g_now->block->shared;
+}
+
+void __syncthreads() {
+  BlockState& b = *g_now->block;
+  const unsigned round = b.round;
+  if (++b.at_barrier == b.live) {
+    if (b.live != int(blockDim.x)) fail("a barrier after some threads have ended");
+    b.at_barrier = 0;
+    ++b.round;
+    return;
+  }
+  wait_until_changed(&b.round, round);
+}
+
+void emulated_grid_sync() {
+  const unsigned round = g_grid.round;
+  if (++g_grid.arrived == g_grid.live) {
+    g_grid.arrived = 0;
+    ++g_grid.round;
+    return;
+  }
+  wait_until_changed(&g_grid.round, round);
+}
+
+uint64_t emulated_exchange(uint64_t mine, int from) {
+  Warp& w = g_now->block->warps[g_now->thread / kWarp];
+  const unsigned round = w.round;
+  uint64_t* given = w.given[round % 2];
+  given[g_now->thread % kWarp] = mine;
+  if (++w.arrived == kWarp) {
+    w.arrived = 0;
+    ++w.round;
+  } else {
+    wait_until_changed(&w.round, round);
+  }
+  return given[from];
+}
+
+unsigned __ballot_sync(unsigned, bool vote) {
+  Warp& w = g_now->block->warps[g_now->thread / kWarp];
+  const unsigned round = w.round;
+  emulated_exchange(vote, 0);
+  unsigned votes = 0;
+  for (int lane = 0; lane < kWarp; ++lane) votes |= unsigned(w.given[round % 2][lane] != 0) << lane;
+  return votes;
+}
+
+cudaError_t emulated_launch(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* argument) {
+  ++g_launches;
+  const bool together = config.numAttrs > 0;  // cooperative: all blocks at the same time
+  const unsigned blocks = config.gridDim.x, threads = config.blockDim.x, resident = together ? blocks : 1;
+  if (config.dynamicSmemBytes > size_t(g_shared_kb) * 1024 || blocks == 0) return cudaErrorInvalidValue;
+  blockDim = config.blockDim;
+  gridDim = config.gridDim;
+  g_body = body;
+  g_argument = argument;
+
+  static std::vector<char*> stacks;
+  std::vector<BlockState> states(resident);
+  std::vector<Fiber> fibers(size_t(resident) * threads);
+  static std::vector<unsigned char*> memory;
+  for (unsigned s = 0; s < resident; ++s) {
+    if (memory.size() <= s) memory.push_back(new_shared(kShared));
+    states[s].shared = memory[s] + kShared - config.dynamicSmemBytes;
+    states[s].warps.resize(threads / kWarp);
+  }
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    if (stacks.size() <= i) stacks.push_back(static_cast<char*>(std::malloc(kStack)));
+    fibers[i].stack = stacks[i];
+  }
+  for (unsigned first = 0; first < blocks; first += resident) {
+    for (unsigned s = 0; s < resident; ++s) {
+      states[s].index = g_order == 1 && !together ? blocks - 1 - first : first + s;
+      states[s].live = int(threads);
+      std::memset(states[s].shared, 0xff, config.dynamicSmemBytes);  // NaN
+      for (unsigned t = 0; t < threads; ++t) {
+        Fiber& f = fibers[size_t(s) * threads + t];
+        f.thread = t, f.block = &states[s];
+        prepare(f);
+      }
+    }
+    g_grid = GridState{};
+    g_grid.live = int(fibers.size());
+    run_all(fibers);
+  }
+  return cudaSuccess;
+}
+
+float emulated_half_to_float(uint16_t bits) {
+  _Float16 h;
+  std::memcpy(&h, &bits, 2);
+  return float(h);
+}
+uint16_t emulated_float_to_half(float x) {
+  const _Float16 h = _Float16(x);
+  uint16_t bits;
+  std::memcpy(&bits, &h, 2);
+  return bits;
+}
+
+const char* cudaGetErrorString(cudaError_t e) {
+  return e == cudaSuccess ? "no error" : "invalid value";
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrMultiProcessorCount                ? g_processors
+           : which == cudaDevAttrMaxSharedMemoryPerBlockOptin     ? g_shared_kb * 1024
+           : which == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? (g_shared_kb + 1) * 1024
+                                                                  : 1024;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
+  return value <= g_shared_kb * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+}
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = g_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
+  *id = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
+  return cudaSuccess;
+}
+cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) {
+  *p = std::calloc(1, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+
+// What the binding takes from a CUDA build of PyTorch
+extern "C" {
+int32_t aoti_torch_create_cuda_guard(int32_t, void** guard) {
+  *guard = nullptr;
+  return 0;
+}
+int32_t aoti_torch_delete_cuda_guard(void*) {
+  return 0;
+}
+int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+// For the tests
+__attribute__((visibility("default"))) void emulator_set(int order, int processors, int shared_kb, int capturing) {
+  g_order = order, g_processors = processors, g_shared_kb = shared_kb, g_capturing = capturing != 0;
+}
+__attribute__((visibility("default"))) uint64_t emulator_launches() {
+  return g_launches;
+}
+}

@@ -1,0 +1,179 @@
+"""Triton kernels compiled without a GPU: exactly the launches that a call makes, recorded instead of run.
+
+    records = recorded(lambda: triton.loss(...))     # on CPU tensors, in a process that does not interpret
+    usage = compiled(records[0], 90)                 # registers, spills, shared memory on sm_90
+
+`python tests/triton_offline.py` prints the table of docs/performance_gpu.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cmim_kernels.backends import triton as backend
+from cmim_kernels.backends._triton.plan import OPTIONS
+from cmim_kernels.reference import MEAN, NONE, SPECTRUM
+
+SHARED_LIMIT = 99 * 1024  # what a program may have on consumer cards
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Launch(NamedTuple):
+    """What decides the machine code of one launch; hashable and picklable."""
+
+    kernel: str  # module.function in cmim_kernels.backends._triton
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+
+
+class Usage(NamedTuple):
+    """What the machine code takes; registers per thread, the rest in bytes, stack and local (spills) per thread."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+
+def recorded(call: Callable[[], object]) -> list[Launch]:
+    """The launches that `call` would make, none of them made."""
+    launches: list[Launch] = []
+
+    def record(
+        self: Any, kernel: str, grid: tuple[int, ...], *tensors: Tensor | None, **arguments: Any
+    ) -> None:
+        function = _function(kernel)
+        names = list(inspect.signature(function.fn).parameters)
+        values = dict(zip(names, tensors, strict=False)) | self.shape | arguments
+        annotations = function.fn.__annotations__
+        signature, constants = [], []
+        for name in names:
+            value = values.pop(name)
+            if value is None or annotations.get(name) is tl.constexpr:
+                signature.append((name, "constexpr"))
+                constants.append((name, value))
+            elif isinstance(value, Tensor):
+                signature.append((name, _POINTERS[value.dtype]))
+            elif isinstance(value, float):
+                signature.append((name, "fp32"))
+            else:
+                narrow = -(2**31) <= value < 2**31 and annotations.get(name) is not tl.int64
+                signature.append((name, "i32" if narrow else "i64"))
+        assert not values, f"{kernel} does not take {list(values)}"
+        launches.append(Launch(kernel, tuple(signature), tuple(constants)))
+
+    with mock.patch.object(backend._Call, "launch", record):
+        call()
+    return launches
+
+
+def compiled(launch: Launch, arch: int) -> Usage:
+    """Compiles one launch for sm_<arch>, with pointers aligned as torch aligns them."""
+    types = dict(launch.signature)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
+    source = ASTSource(_function(launch.kernel), types, dict(launch.constants), aligned)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        report = subprocess.run(
+            [str(tool), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return Usage(found["REG"], found["STACK"], found["LOCAL"], kernel.metadata.shared)
+
+
+def _function(kernel: str) -> Any:
+    module, name = kernel.split(".")
+    return getattr(import_module(f"cmim_kernels.backends._triton.{module}"), name)
+
+
+class Case(NamedTuple):
+    """A call whose launches are compiled; shapes as in the benchmarks."""
+
+    n: int
+    c: int
+    dtype: torch.dtype = torch.float32
+    inverse_temperatures: tuple[float, ...] = tuple(k / 8 for k in range(1, 9))
+    reduction: int = MEAN
+    given: bool = False
+    weight: bool = False
+    smoothing: float = 0.0
+    strided: bool = False
+
+    def launches(self) -> list[Launch]:
+        """Those of the forward and the backward pass."""
+        k = len(self.inverse_temperatures)
+        with torch.device("meta"):  # nothing is read
+            logits = torch.empty((self.n, self.c), dtype=self.dtype)
+            if self.strided:
+                logits = torch.empty((self.c, self.n), dtype=self.dtype).T
+            target = torch.empty(self.n, dtype=torch.int64)
+            weight = torch.empty(self.c) if self.weight else None
+            centroids = torch.empty(k, self.c, self.c) if self.given else None
+            grad = torch.empty({NONE: (self.n,), SPECTRUM: (k,)}.get(self.reduction, ()))
+            saved = torch.empty(0)
+        numbers = (1.0, 1.0, self.smoothing, -100, self.reduction)
+        arguments = (logits, target, self.inverse_temperatures, (1 / k,) * k, weight, centroids, *numbers)
+        launches = recorded(lambda: backend._loss(*arguments, True))
+        return launches + recorded(lambda: backend._loss_backward(grad, saved, *arguments))
+
+
+# The shapes of the benchmarks, and for every other option the launches that differ.
+CASES = {
+    "256x1000": Case(256, 1000),
+    "8192x32768 bfloat16": Case(8192, 32768, torch.bfloat16),
+    "4096x10": Case(4096, 10),
+    "4096x1000 float16, 5 temperatures apart": Case(4096, 1000, torch.float16, (0.07, 0.3, 0.55, 1.0, 1.7)),
+    "256x1000, 16 temperatures": Case(256, 1000, inverse_temperatures=tuple(k / 16 for k in range(1, 17))),
+    "256x1000, 64 temperatures": Case(256, 1000, inverse_temperatures=tuple(k / 64 for k in range(1, 65))),
+    "256x1000, 1 temperature": Case(256, 1000, inverse_temperatures=(1.0,)),
+    "256x1000, rows": Case(256, 1000, reduction=NONE),
+    "8192x32768 bfloat16, rows": Case(8192, 32768, torch.bfloat16, reduction=NONE),
+    "256x1000, spectrum": Case(256, 1000, reduction=SPECTRUM),
+    "256x1000, centroids": Case(256, 1000, given=True),
+    "8192x32768 bfloat16, centroids": Case(8192, 32768, torch.bfloat16, given=True),
+    "256x1000 strided, weights and smoothing": Case(256, 1000, weight=True, smoothing=0.1, strided=True),
+}
+
+
+def table(arches: tuple[int, ...] = (80, 90, 100)) -> str:
+    """Markdown: registers / shared memory of every kernel of every case."""
+    lines = ["| call | kernel | " + " | ".join(f"sm_{arch}" for arch in arches) + " |"]
+    lines += ["|---|---|" + "---|" * len(arches)]
+    for name, case in CASES.items():
+        for launch in case.launches():
+            usages = [compiled(launch, arch) for arch in arches]
+            cells = [
+                f"{u.registers} / {u.shared / 1024:.1f} KB" + f" (stack {u.stack})" * (u.stack > 0)
+                for u in usages
+            ]
+            lines.append(f"| {name} | {launch.kernel} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
