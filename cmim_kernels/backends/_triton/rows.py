@@ -72,7 +72,7 @@ def rows_kernel(
     class_weight,  # (C,) or None
     table,  # (3, KC) float64: a, w, the caller's index
     saved,
-    counters,  # (n_counters,) int32, made zero here for the next launch
+    counters,  # (n_counters,) int32, made zero here for the next launch; or None
     N,
     C,
     K,
@@ -95,8 +95,9 @@ def rows_kernel(
     BN: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    counter = pid * (2 * R) + tl.arange(0, 2 * R)
-    tl.store(counters + counter, tl.zeros([2 * R], tl.int32), mask=counter < n_counters)
+    if counters is not None:
+        counter = pid * (2 * R) + tl.arange(0, 2 * R)
+        tl.store(counters + counter, tl.zeros([2 * R], tl.int32), mask=counter < n_counters)
 
     i = pid * R + tl.arange(0, R)
     live = i < N
