@@ -59,14 +59,12 @@ def differentiable_loss(
 
 
 class _OwnedLoss(torch.autograd.Function):
-    """For backends whose forward computes the gradient, of one number, in the logits' dtype. Inputs as
-    `_SavedLoss`.
+    """Where the forward pass computes the gradient, in the logits' dtype. Inputs as those of `_SavedLoss`.
 
-    The gradient is kept out of autograd's hands, so that it has one owner, and the first backward pass gives
-    it
-    away: uncopied where the upstream gradient is one, as at the root of a graph, else scaled in place. The
-    leaf may keep it as its `.grad`, a hook may write to it: no later pass sees it, each computes the gradient
-    again.
+    It is kept out of autograd's hands, so that it has one owner, and the first backward pass gives it away,
+    uncopied where the upstream gradient is one, as at the root of a graph, else scaled in place. The leaf may
+    keep it as its `.grad`, a hook may write to it, `.grad +=` may change it: no later pass sees it, because
+    each of them computes the gradient again.
     """
 
     @staticmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backends import Backend
 
-F = TypeVar("F", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 REFERENCE = "reference"
 NATIVE = ("cpu", "cuda", "triton")
@@ -57,7 +57,7 @@ def pick(name: str, logits: Tensor, temperatures: int) -> Backend | None:
     return _modules[name]
 
 
-def _constant_to_the_compiler(function: F) -> F:
+def _constant_to_the_compiler(function: Function) -> Function:
     """`torch.compiler.assume_constant_result`, which imports the whole compiler to set this attribute."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

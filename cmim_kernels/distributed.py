@@ -17,10 +17,10 @@ from torch import Tensor
 def gather_batch(
     logits: Tensor, target: Tensor, ignore_index: int, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """The batches of all ranks of `group` in rank order: logits (W n, C), target (W n,), n = the largest row
-    count.
+    """The batches of all W ranks of `group`: logits (W n, C), target (W n,), n = the largest row count.
 
-    Shorter batches are filled up with rows to ignore. Gradients reach this rank's own rows only, W times as
+    They lie in the order of the ranks. Shorter batches are filled up with rows to ignore. Gradients reach
+    this rank's own rows only, W times as
     large: DistributedDataParallel averages over the ranks, where the global loss needs the sum of every
     rank's share. Every rank has to call this, with the same C and dtype; exchanging the row counts makes the
     host wait for the device.

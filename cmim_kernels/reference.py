@@ -122,9 +122,7 @@ def _batch_ratios(z: Tensor, label: Tensor, a: Tensor) -> tuple[Tensor, Tensor, 
         log_q = _cluster_log_mean_exp(a * fixed - log_norm, cluster)  # (K, N, C)
         column_shift = (log_q - log_centre).round().masked_fill(dead, 0)  # (K, N, C)
         pbar = torch.softmax(log_centre + column_shift, dim=-1)  # (K, N, C)
-    offset = (z - level).masked_fill(dead, 0) - centre.masked_fill(
-        dead, 0
-    )  # (N, C), exact for rows that agree
+    offset = (z - level - centre).masked_fill(dead, 0)  # (N, C), exact for rows that agree
     rho = (a * offset - (column_shift + row_shift)).masked_fill(dead, 0)  # (K, N, C)
     for _ in range(2):  # log P - b; the second round takes away what the first one's sum was rounded by
         rho = rho - torch.log1p((pbar * torch.expm1(rho)).sum(-1, keepdim=True))

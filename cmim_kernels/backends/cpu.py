@@ -1,8 +1,7 @@
 """The C++ kernels for CPU tensors: the compiled library `cmim_kernels/_cpu*.so`, built from `csrc/`.
 
-`saved` is the gradient for an upstream gradient of one, (N, C) in the compute dtype, where `reduction` is
-mean or
-sum: while the exponentials of a cluster are at hand, its gradient costs little more. Otherwise it is empty.
+With reduction mean and sum, `saved` is the gradient for an upstream gradient of one, (N, C) in the compute
+dtype: while the exponentials of a cluster are at hand, its gradient costs little more. Else it is empty.
 """
 
 from __future__ import annotations
