@@ -17,7 +17,7 @@ from undistillable_digits import Recipe
 
 from cmim_kernels import TemperatureSpectrum
 from cmim_kernels.audit import audit
-from cmim_kernels.audit.render import cell
+from cmim_kernels.audit.stats import Difference
 
 WEIGHT = common.CMI_WEIGHT
 VARIANTS = {
@@ -43,6 +43,12 @@ VARIANTS = {
     "2 of each class, bank 0.9": Recipe(cmi_weight=WEIGHT, per_class=2, bank="ema", decay=0.9),
 }
 ATTACKS = ("kd-t4", "kd-t10", "dkd-b1", "ttm-g10", "lskd")
+
+
+def points(gain: Difference) -> str:
+    """Mean and interval in percentage points; bold above zero."""
+    text = f"{100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    return f"**{text}**" if gain.low > 0 else text
 
 
 def main() -> None:
@@ -71,7 +77,7 @@ def main() -> None:
     for name, models in teachers.items():
         curves = digits.curves(models)
         accuracy = 100 * statistics.fmean(curves.accuracies)
-        gains = " | ".join(cell(report.difference(name, attack)) for attack in ATTACKS)
+        gains = " | ".join(points(report.difference(name, attack)) for attack in ATTACKS)
         lines.append(
             f"| {name} | {accuracy:.1f} | {curves.train.max():.1e} | {curves.test.max():.1e} | {gains} |"
         )
