@@ -24,6 +24,11 @@ class Place:
     def __str__(self) -> str:
         return f"{self.name}-{self.device}"
 
+    @property
+    def interpreted(self) -> bool:
+        """Triton's kernels on a CPU: a thousand times slower, so that tests try less of the same."""
+        return self.name == "triton" and self.device == "cpu"
+
     def needs(self, dtype: torch.dtype) -> None:
         """Skips the test where the backend does not serve this dtype."""
         if dtype not in self.dtypes:

@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check(place: Place, regime: Regime, options: Options, dtype: torch.dtype, of: str) -> None:
     place.needs(dtype)
     outs, truths, bases, targets = [], [], [], []
-    for seed in SEEDS:
+    for seed in SEEDS[:2] if place.interpreted else SEEDS:
         logits, target = options.batch(regime, dtype, place.device, seed)
         call = fused if of == "loss" else spectrum
         outs.append(tuple(t.cpu() for t in call(place, options, logits, target)))
@@ -50,6 +50,8 @@ def check(place: Place, regime: Regime, options: Options, dtype: torch.dtype, of
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("regime", regimes(), ids=str)
 def test_loss_in_every_regime(place: Place, regime: Regime, dtype: torch.dtype) -> None:
+    if place.interpreted and dtype != torch.float32 and regime.name not in ("random", "masked_in_some_rows"):
+        pytest.skip("slow: the arithmetic is that of float32")
     check(place, regime, OPTIONS["default"], dtype, "loss")
 
 
