@@ -13,9 +13,11 @@ __device__ void class_dots(Block<T>& b, const Backward<typename T::A>& w) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
   A sum[1] = {0};
+#pragma unroll 1
   for (int row = threadIdx.x; row < b.count; row += kThreads)
     sum[0] += w.grad[b.saved.row[b.first + row] * w.grad_stride];
   sum_group(sum, kThreads, b.scratch());
+#pragma unroll 1
   for (int row = threadIdx.x; row < b.count; row += kThreads)
     w.upstream[b.first + row] = w.grad[b.saved.row[b.first + row] * w.grad_stride] - sum[0] / A(b.count);
   __syncthreads();
@@ -24,14 +26,18 @@ __device__ void class_dots(Block<T>& b, const Backward<typename T::A>& w) {
   const Tiling t = b.tiling(2);
   const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes, batch = b.batch_rows(t);
   const int parts = t.lanes > kWarp ? t.lanes / kWarp : 1;
+#pragma unroll 1
   for (int c0 = 0; c0 < q.classes; c0 += t.columns) {
     const int j = c0 + lane * kVector;
     build_gradient_tables<kMixed>(b, t, c0, true, w.upstream);
+#pragma unroll 1
     for (int row0 = 0; row0 < b.count; row0 += batch) {
       const int rows = b.rows_in_batch(row0, batch);
+#pragma unroll 1
       for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
         Plain<T> form;
         stage_rows<Plain<T>>(b, row0, rows, k0, nullptr);
+#pragma unroll 1
         for (int i0 = 0; i0 < rows; i0 += t.groups) {
           const int i = i0 + group;
           A dot[T::kChunk] = {};
@@ -49,9 +55,11 @@ __device__ void class_dots(Block<T>& b, const Backward<typename T::A>& w) {
           deposit_sums(dot, t.lanes, c.sums + (i * parts + lane / kWarp) * T::kChunk);
         }
         __syncthreads();
+#pragma unroll 1
         for (int at = threadIdx.x; at < rows * T::kChunk; at += kThreads) {
           const int i = at / T::kChunk, k = at - i * T::kChunk;
           A total = 0;
+#pragma unroll 1
           for (int part = 0; part < parts; ++part) total += c.sums[(i * parts + part) * T::kChunk + k];
           const int64_t to = b.statistic(row0 + i, k0 + k);
           total /= b.saved.sum[to];
@@ -63,23 +71,15 @@ __device__ void class_dots(Block<T>& b, const Backward<typename T::A>& w) {
   }
 }
 
-// The class in a slot, as the forward pass found it
-template <class T>
-__device__ void recall_class(Block<T>& b, int slot) {
-  const uint64_t mask = b.saved.centred[2 * slot] | uint64_t(b.saved.centred[2 * slot + 1]) << 32;
-  b.set_class(b.saved.first[slot], b.saved.count[slot], 0, mask);
-  if (b.count > 0) b.label = int(b.q.target[b.saved.row[b.first] * b.q.target_stride]);
-  __syncthreads();  // the class before this one may still be in use
-  if (b.centred) find_largest_column(b);
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     row_dots(const __grid_constant__ BackwardLaunch<typename T::A> p) {
   Block<T> b(p.problem, p.saved, p.backward.table_bytes, 0);
+#pragma unroll 1
   for (int slot = blockIdx.x; slot < p.problem.slots; slot += gridDim.x) {
     recall_class(b, slot);
     if (b.count < 2) continue;
+    if (b.centred) find_largest_column(b);
     if (b.centred)
       class_dots<true>(b, p.backward);
     else
@@ -93,19 +93,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
   const auto& q = p.problem;
   const auto& w = p.backward;
   Block<T> b(q, p.saved, w.table_bytes, 0);
-  const int width =
-      b.tiling(1).columns;  // no tile is wider, and every tile starts at a multiple of its width
-  const int tiles = (q.classes + width - 1) / width, each = (tiles + w.splits - 1) / w.splits * width;
-  for (int64_t item = blockIdx.x; item < int64_t(q.slots) * w.splits; item += gridDim.x) {
-    const int slot = int(item / w.splits), begin = int(item - int64_t(slot) * w.splits) * each;
+  const int parts = parts_of_each(w.items, int(p.saved.totals[kPresent]), w.parts);
+#pragma unroll 1
+  for (int64_t item = blockIdx.x; item < int64_t(q.slots) * parts; item += gridDim.x) {
+    const int slot = int(item % q.slots);
+    if (p.saved.count[slot] == 0) continue;
     recall_class(b, slot);
-    if (b.count == 0 || begin >= q.classes) continue;
-    const int end = begin + each < q.classes ? begin + each : q.classes;
+    const Share share = share_of(b, int(item / q.slots), parts);
+    if (share.begin >= share.end) continue;
+    if (b.centred) find_largest_column(b);
     const bool cluster = q.has_cmi && (b.count > 1 || q.centroids);
     if (b.centred)
-      class_gradient<true>(b, w, begin, end, cluster);
+      class_gradient<true>(b, w, share, cluster);
     else
-      class_gradient<false>(b, w, begin, end, cluster);
+      class_gradient<false>(b, w, share, cluster);
   }
   other_rows_gradient<T>(q, w);
 }

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -14,7 +15,10 @@
 
 #include "launch.h"
 
-#if !defined(CMIM_LIBRARY)  // the host tests register the same functions under other names
+#if defined(CMIM_EMULATED)  // the host tests register the same functions under another name, for CPU tensors
+  #define CMIM_LIBRARY cmim_emulated
+  #define CMIM_DISPATCH_KEY CPU
+#else
   #define CMIM_LIBRARY cmim_kernels
   #define CMIM_DISPATCH_KEY CUDA
 #endif
@@ -114,6 +118,26 @@ Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType type) {
   return torch::stable::new_empty(like, size, type);
 }
 
+// The targets sorted by PyTorch. Memory that is freed here is handed out again on the same stream only.
+class Sorted {
+ public:
+  explicit Sorted(const Tensor& target) {
+    std::array<StableIValue, 4> stack{
+        torch::stable::detail::from(target), torch::stable::detail::from(std::optional<bool>(true)),
+        torch::stable::detail::from(int64_t(0)), torch::stable::detail::from(false)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+    label_ = torch::stable::detail::to<Tensor>(stack[0]);
+    row_ = torch::stable::detail::to<Tensor>(stack[1]);
+  }
+  cmim::cuda::SortedTargets pointers() const {
+    return {static_cast<const int64_t*>(label_.const_data_ptr()),
+            static_cast<const int64_t*>(row_.const_data_ptr())};
+  }
+
+ private:
+  Tensor label_, row_;
+};
+
 std::tuple<Tensor, Tensor> loss(Tensor logits, Tensor target, Doubles a, Doubles w,
                                 std::optional<Tensor> class_weight, std::optional<Tensor> centroids,
                                 double ce_weight, double cmi_weight, double label_smoothing,
@@ -135,9 +159,30 @@ std::tuple<Tensor, Tensor> loss(Tensor logits, Tensor target, Doubles a, Doubles
   Tensor value = empty(logits, shape, type);
   Tensor saved = empty(logits, {cmim::cuda::saved_elements(call.rows, int64_t(a.size()))}, type);
   Tensor scratch = empty(logits, {cmim::cuda::forward_scratch(call)}, type);
-  cmim::cuda::forward(call, value.mutable_data_ptr(), saved.mutable_data_ptr(), scratch.mutable_data_ptr(),
+  std::optional<Sorted> sorted;
+  if (cmim::cuda::wants_sorted_targets(call)) sorted.emplace(target);
+  cmim::cuda::forward(call, sorted ? sorted->pointers() : cmim::cuda::SortedTargets{},
+                      value.mutable_data_ptr(), saved.mutable_data_ptr(), scratch.mutable_data_ptr(),
                       device.stream());
   return {value, saved};
+}
+
+std::tuple<Tensor, Tensor> class_centroids(Tensor logits, Tensor target, Doubles a, int64_t ignore_index) {
+  const Doubles w(a.size(), 1.0);
+  const Call call = make_call(logits, target, a, w, std::nullopt, std::nullopt, 0, 1, 0, ignore_index,
+                              cmim::cuda::kSpectrum);
+  cmim::cuda::check_labels();
+  const ScalarType type = compute_type(logits);
+  Tensor centroids = torch::stable::new_zeros(logits, {int64_t(a.size()), call.classes, call.classes}, type);
+  Tensor counts = torch::stable::new_zeros(target, {call.classes});
+  if (call.rows == 0) return {centroids, counts};
+  const OnDevice device(logits);
+  Tensor scratch = empty(logits, {cmim::cuda::centroids_scratch(call)}, type);
+  const Sorted sorted(target);
+  cmim::cuda::class_centroids(call, sorted.pointers(), centroids.mutable_data_ptr(),
+                              static_cast<int64_t*>(counts.mutable_data_ptr()), scratch.mutable_data_ptr(),
+                              device.stream());
+  return {centroids, counts};
 }
 
 Tensor loss_backward(Tensor grad, Tensor saved, Tensor logits, Tensor target, Doubles a, Doubles w,
@@ -164,9 +209,29 @@ Tensor loss_backward(Tensor grad, Tensor saved, Tensor logits, Tensor target, Do
   return out;
 }
 
+void check_cuda_labels() {
+  cmim::cuda::check_labels();
+}
+
+// 0: by size, 1: one kernel, 2: the kernels for large problems
+void set_cuda_path(int64_t path) {
+  STD_TORCH_CHECK(path >= 0 && path <= 2, "path: expected 0, 1 or 2, got ", path);
+  cmim::cuda::set_path(cmim::cuda::Path(path));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(CMIM_LIBRARY, CMIM_DISPATCH_KEY, m) {
   m.impl("loss", TORCH_BOX(&loss));
   m.impl("loss_backward", TORCH_BOX(&loss_backward));
+  m.impl("class_centroids", TORCH_BOX(&class_centroids));
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(CMIM_LIBRARY, m) {
+  m.def("check_cuda_labels() -> ()");
+  m.def("set_cuda_path(int path) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(CMIM_LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("check_cuda_labels", TORCH_BOX(&check_cuda_labels));
+  m.impl("set_cuda_path", TORCH_BOX(&set_cuda_path));
 }

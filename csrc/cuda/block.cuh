@@ -19,14 +19,14 @@ struct Block {
   const Problem<A>& q;
   const Saved<A>& saved;
   int table_bytes, chip_bytes;
-  int first, count, label;  // the class: positions first .. first + count - 1
-  uint64_t centred;         // mask of the temperatures that are computed in the centred form
-  int64_t staged;           // which constants are there, see stage()
-  bool on_chip;             // the class's rows have been copied into shared memory
+  int first, count;  // the class: positions first .. first + count - 1
+  uint64_t centred;  // mask of the temperatures that are computed in the centred form
+  unsigned staged;   // which constants are there, see stage()
+  bool on_chip;      // the class's rows have been copied into shared memory
 
   __device__ Block(const Problem<A>& problem, const Saved<A>& s, int bytes_of_table, int bytes_of_chip)
       : q(problem), saved(s), table_bytes(bytes_of_table), chip_bytes(bytes_of_chip) {
-    set_class(0, 0, 0, 0);
+    set_class(0, 0, 0);
   }
 
   // The parts of shared memory. Functions, not members, so that the compiler sees what memory they are in.
@@ -52,16 +52,18 @@ struct Block {
     return (q.classes * int(sizeof(S)) + 15) / 16 * (16 / int(sizeof(S)));
   }
 
-  __device__ void set_class(int first_position, int rows, int of_label, uint64_t mask) {
-    first = first_position, count = rows, label = of_label, centred = mask;
+  __device__ void set_class(int first_position, int rows, uint64_t mask) {
+    first = first_position, count = rows, centred = mask;
     on_chip = false;
-    staged = -1;
+    staged = ~0u;
   }
   __device__ uint64_t every_temperature() const { return ~uint64_t(0) >> (64 - q.temperatures); }
   __device__ bool in_chunk(uint64_t mask, int k0) const {
     return (mask >> k0 & ((uint64_t(1) << T::kChunk) - 1)) != 0;
   }
 
+  // Read again rather than kept: registers are scarcer than memory.
+  __device__ int label() const { return int(q.target[saved.row[first] * q.target_stride]); }
   __device__ int64_t statistic(int row, int k) const { return int64_t(first + row) * q.padded + k; }
 
   __device__ const S* row_data(int row) const {
@@ -78,11 +80,13 @@ struct Block {
     if (int64_t(count) * chip_stride() * int(sizeof(S)) > chip_bytes) return;
     constexpr int per_word = 16 / int(sizeof(S));
     const int words = q.vector16 ? q.classes / per_word : 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < count * words; i += kThreads) {
       const int row = i / words, j = (i - row * words) * per_word;
       copy16(chip() + row * chip_stride() + j, row_data(row) + j);
     }
     const int done = words * per_word, left = q.classes - done;
+#pragma unroll 1
     for (int i = threadIdx.x; i < count * left; i += kThreads) {
       const int row = i / left, j = done + i - row * left;
       chip()[row * chip_stride() + j] = row_data(row)[j * q.col_stride];
@@ -92,11 +96,11 @@ struct Block {
     on_chip = true;
   }
 
-  // Tiles for `tables` numbers per temperature and column.
-  __device__ Tiling tiling(int tables) const {
+  // Tiles for `tables` numbers per temperature and column, of no more than `widest` lanes.
+  __device__ Tiling tiling(int tables, int widest = kThreads) const {
     const int room = table_bytes / int(sizeof(A)) / (q.padded * tables * kVector);
     const int wanted = power_of_two_at_least((q.classes + kVector - 1) / kVector);
-    int lanes = kThreads;
+    int lanes = widest;
     while (lanes > 1 && (lanes > room || lanes > wanted)) lanes /= 2;
     if (lanes < kThreads / kBatch) lanes = kThreads / kBatch;
     return {lanes, kThreads / lanes, lanes * kVector};
@@ -110,14 +114,16 @@ struct Block {
   // row) for each row, and each(position, row, k - k0) for each of `temperatures`. Does nothing if `key` says
   // that they are there. Barriers before and after.
   template <class Fill, class Each>
-  __device__ void stage(int64_t key, int row0, int rows, int temperatures, Fill fill, Each each) {
+  __device__ void stage(unsigned key, int row0, int rows, int temperatures, Fill fill, Each each) {
     if (staged == key) return;
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < rows; i += kThreads) {
       data()[i] = row_data(row0 + i);
       top()[i] = saved.top[first + row0 + i];
       fill(i, row0 + i);
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < rows * temperatures; i += kThreads) {
       const int row = i / temperatures;
       each(row, row0 + row, i - row * temperatures);
@@ -126,36 +132,42 @@ struct Block {
     __syncthreads();
   }
 
-  // Adds up what the groups of a tile found, mean[k][u] in each thread, and hands the sum of every
-  // temperature and column to finish(k, column of the tile, sum). Barrier after.
+  // Adds up what the groups of a tile found, mean[k][u] in each thread, for the temperatures in `wanted`, to
+  // sums[k][column of the tile] in shared memory; then finish(k, column) for each. Barrier after.
   template <class Finish>
-  __device__ void combine_groups(const Tiling& t, const A (&mean)[T::kChunk][kVector], Finish finish) {
+  __device__ void combine_groups(const Tiling& t, const A (&mean)[T::kChunk][kVector], unsigned wanted,
+                                 A* sums, Finish finish) {
     constexpr int half = T::kChunk / 2;
     const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes;
     if (t.groups == 1) {
 #pragma unroll
       for (int k = 0; k < T::kChunk; ++k)
+        if (wanted >> k & 1) store_four(sums + k * t.columns + lane * kVector, mean[k]);
+    } else {
 #pragma unroll
-        for (int u = 0; u < kVector; ++u) finish(k, lane * kVector + u, mean[k][u]);
-      __syncthreads();
-      return;
-    }
+      for (int k0 = 0; k0 < T::kChunk; k0 += half) {
 #pragma unroll
-    for (int k0 = 0; k0 < T::kChunk; k0 += half) {
-#pragma unroll
-      for (int k = 0; k < half; ++k)
-#pragma unroll
-        for (int u = 0; u < kVector; ++u)
-          combine()[(group * half + k) * t.columns + lane * kVector + u] = mean[k0 + k][u];
-      __syncthreads();
-      for (int i = threadIdx.x; i < half * t.columns; i += kThreads) {
-        A sum = 0;
-        for (int g = 0; g < t.groups; ++g) sum += combine()[g * half * t.columns + i];
-        const int k = i / t.columns;
-        finish(k0 + k, i - k * t.columns, sum);
+        for (int k = 0; k < half; ++k)
+          store_four(combine() + (group * half + k) * t.columns + lane * kVector, mean[k0 + k]);
+        __syncthreads();
+#pragma unroll 1
+        for (int i = threadIdx.x; i < half * t.columns; i += kThreads) {
+          if (!(wanted >> (k0 + i / t.columns) & 1)) continue;
+          A sum = 0;
+#pragma unroll 1
+          for (int g = 0; g < t.groups; ++g) sum += combine()[g * half * t.columns + i];
+          sums[k0 * t.columns + i] = sum;
+        }
+        __syncthreads();
       }
-      __syncthreads();
     }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < T::kChunk * t.columns; i += kThreads) {
+      const int k = i / t.columns;
+      if (wanted >> k & 1) finish(k, i - k * t.columns);
+    }
+    __syncthreads();
   }
 };
 

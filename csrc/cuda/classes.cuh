@@ -14,6 +14,7 @@ constexpr A kCollapsed = sizeof(A) == 4 ? A(3e-2) : A(1e-9);
 // From what centred_sums() left in `sums`: saved.growth. Barrier after.
 template <class T>
 __device__ inline void finish_centred_sums(const Block<T>& b, const typename T::A* sums) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < b.count * b.q.padded; i += kThreads) {
     const int row = i / b.q.padded, k = i - row * b.q.padded;
     const int64_t at = b.statistic(row, k);
@@ -25,6 +26,7 @@ __device__ inline void finish_centred_sums(const Block<T>& b, const typename T::
 // KL of the centred temperatures, to saved.divergence. Barrier after.
 template <class T>
 __device__ inline void finish_centred(const Block<T>& b, const typename T::A* kl) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < b.count * b.q.padded; i += kThreads) {
     const int row = i / b.q.padded, k = i - row * b.q.padded;
     const int64_t at = b.statistic(row, k);
@@ -39,13 +41,16 @@ __device__ inline void finish_given(const Block<T>& b, const typename T::A* kl) 
   using A = typename T::A;
   const Problem<A>& q = b.q;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll 1
   for (int k = warp; k < q.padded; k += kWarps) {
     A sum = 0;
     if (k < q.temperatures) {
-      const A* centroid = q.centroids + (int64_t(q.order[k]) * q.classes + b.label) * q.classes;
+      const A* centroid = q.centroids + (int64_t(q.order[k]) * q.classes + b.label()) * q.classes;
+#pragma unroll 1
       for (int j = lane; j < q.classes; j += kWarp) sum += centroid[j];
     }
     for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += from_lane(sum, distance);
+#pragma unroll 1
     for (int row = lane; row < b.count; row += kWarp)
       b.saved.divergence[b.statistic(row, k)] = kl[b.statistic(row, k)] + (A(1) - sum);
   }
@@ -72,8 +77,10 @@ __device__ inline uint64_t sum_class(const Block<T>& b, const Forward<typename T
   const Problem<A>& q = b.q;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   __syncthreads();
+#pragma unroll 1
   for (int which = warp; which <= q.padded; which += kWarps) {
     CarefulSum<A> sum;
+#pragma unroll 1
     for (int row = lane; row < b.count; row += kWarp) {
       if (which == q.padded)
         sum.add(f.ce[b.first + row]);
@@ -87,12 +94,14 @@ __device__ inline uint64_t sum_class(const Block<T>& b, const Forward<typename T
     if (which < q.padded) b.combine()[which] = total;
   }
   if (threadIdx.x == 0) {
-    const A weight = q.class_weight && b.count > 0 ? q.class_weight[b.label] : A(1);
+    const A weight = q.class_weight && b.count > 0 ? q.class_weight[b.label()] : A(1);
     *class_sum(q, f, q.padded + kClassWeight, slot) = weight * A(b.count);
     *class_sum(q, f, q.padded + kClassCount, slot) = A(b.count);
+    *class_sum(q, f, q.padded + kClassPresent, slot) = A(b.count > 0);
   }
   __syncthreads();
   uint64_t collapsed = 0;
+#pragma unroll 1
   for (int k = 0; kl && k < q.temperatures; ++k)
     if (b.combine()[k] < kCollapsed<A> * A(b.count)) collapsed |= uint64_t(1) << k;
   return collapsed;
@@ -104,8 +113,10 @@ __device__ inline void store_rows(const Block<T>& b, const Forward<typename T::A
                                   const typename T::A* kl) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
+#pragma unroll 1
   for (int row = threadIdx.x; row < b.count; row += kThreads) {
     A cmi = 0;
+#pragma unroll 1
     for (int k = 0; kl && k < q.temperatures; ++k) cmi = fma(q.weight[k], kl_of(b, row, k, kl), cmi);
     const A ce = q.has_ce ? q.ce_weight * f.ce[b.first + row] : A(0);
     f.value[b.saved.row[b.first + row]] = q.has_cmi ? fma(q.cmi_weight, cmi, ce) : ce;

@@ -5,6 +5,34 @@
 
 namespace cmim::cuda {
 
+// The class in a slot, as the forward pass found it
+template <class T>
+__device__ inline void recall_class(Block<T>& b, int slot) {
+  const uint64_t mask = b.saved.centred[2 * slot] | uint64_t(b.saved.centred[2 * slot + 1]) << 32;
+  b.set_class(b.saved.first[slot], b.saved.count[slot], mask);
+  __syncthreads();  // the class before this one may still be in use
+}
+
+// Parts that a class's columns are cut into, so that `items` of them are at hand, but no more than `most`
+__device__ inline int parts_of_each(int items, int classes, int most) {
+  const int parts = classes > 0 ? items / classes : 1;
+  return parts < 1 ? 1 : parts > most ? most : parts;
+}
+
+// The columns begin .. end - 1 of one part, in tiles of at most `lanes`; `parts`: those that have columns.
+// The same in every pass, since it depends on the class alone.
+struct Share {
+  int begin, end, lanes, parts;
+};
+template <class T>
+__device__ inline Share share_of(const Block<T>& b, int part, int parts) {
+  const int lanes = b.count >= kManyRows && parts > 1 ? kNarrowLanes : kThreads;
+  const int width = b.tiling(1, lanes).columns, tiles = (b.q.classes + width - 1) / width;
+  const int each = (tiles + parts - 1) / parts;
+  const int begin = part * each * width, end = begin + each * width;
+  return {begin, end < b.q.classes ? end : b.q.classes, lanes, (tiles + each - 1) / each};
+}
+
 // Where the constants of a batch lie: three numbers for each row and temperature of a chunk, then the sums.
 template <class T>
 struct Constants3 {
@@ -17,8 +45,8 @@ struct Constants3 {
 };
 
 enum StagedFor { kMeans, kCentredMeans, kUpstream, kCentredUpstream, kGradient, kStagedFors };
-__device__ inline int64_t stage_key(int what, int row0, int k0) {
-  return (int64_t(row0) * kMaxTemperatures + k0) * kStagedFors + what;
+__device__ inline unsigned stage_key(int what, int row0, int k0) {
+  return (unsigned(row0) * (kMaxTemperatures / kDirectChunk) + k0 / kDirectChunk) * kStagedFors + what;
 }
 
 // Finds the first column where the class's first row is largest: b.flags()[0]. Barriers before and after.
@@ -29,6 +57,7 @@ __device__ inline void find_largest_column(Block<T>& b) {
   if (threadIdx.x == 0) b.flags()[0] = q.classes - 1;
   __syncthreads();
   const Row<typename T::S> row = b.row_at(b.row_data(0));
+#pragma unroll 1
   for (int j = threadIdx.x; j < q.classes; j += kThreads)
     if (widen(row.data[j * row.stride], q.storage) == b.saved.top[b.first]) {
       atomicMin(&b.flags()[0], j);
@@ -77,33 +106,42 @@ __device__ inline void stage_rows(Block<T>& b, int row0, int rows, int k0, const
       });
 }
 
-// Sums of the form's mean terms over the class's rows, for the temperatures of a chunk: finish(k, column of
-// the tile, sum). Barrier after.
+// Sums of the form's mean terms over the class's rows, for those temperatures of a chunk that are wanted, to
+// sums[k - k0][column of the tile]; then finish(k - k0, column) for each. Barrier after.
 template <class Form, class T, class Finish>
 __device__ inline void sum_over_rows(Block<T>& b, Form& form, const Tiling& t, int c0, int k0,
-                                     const typename T::A* upstream, Finish finish) {
+                                     uint64_t wanted, const typename T::A* upstream, typename T::A* sums,
+                                     Finish finish) {
   using A = typename T::A;
   const Constants3<T> c(b);
   const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes;
   const int j = c0 + lane * kVector, batch = b.batch_rows(t);
   A mean[T::kChunk][kVector] = {};
+#pragma unroll 1
   for (int row0 = 0; row0 < b.count; row0 += batch) {
     const int rows = b.rows_in_batch(row0, batch);
     stage_rows<Form>(b, row0, rows, k0, upstream);
-    if (j < b.q.classes)
+    if (j < b.q.classes) {
+#pragma unroll 1
       for (int i = group; i < rows; i += t.groups) {
         form.load(b, b.data()[i], i, j, k0);
+        A weight[kVector] = {}, loss[kVector] = {};  // of four temperatures
 #pragma unroll
         for (int k = 0; k < T::kChunk; ++k) {
-          const A weight = c.weight[i * T::kChunk + k], loss = c.loss[i * T::kChunk + k];
+          if (k % kVector == 0) {
+            load_four(c.weight + i * T::kChunk + k, weight);
+            if (Form::kForm == kCentred) load_four(c.loss + i * T::kChunk + k, loss);
+          }
 #pragma unroll
           for (int u = 0; u < kVector; ++u)
-            mean[k][u] = form.add_mean_term(b.q, k0 + k, u, weight, loss, mean[k][u]);
+            mean[k][u] =
+                form.add_mean_term(b.q, k0 + k, u, weight[k % kVector], loss[k % kVector], mean[k][u]);
           form.next();
         }
       }
+    }
   }
-  b.combine_groups(t, mean, finish);
+  b.combine_groups(t, mean, unsigned(wanted >> k0), sums, finish);
 }
 
 // The tables of the tile that starts at column c0, see forms.cuh: (padded, columns), for the centred form
@@ -115,28 +153,32 @@ __device__ inline void build_tables(Block<T>& b, Form& form, const Tiling& t, in
   const Problem<A>& q = b.q;
   // 1/n rounded would be off by the same part everywhere, and so would KL
   const A scale = A(1) / A(b.count), rest = fma(-scale, A(b.count), A(1)) * scale;
+#pragma unroll 1
   for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
     if (!b.in_chunk(wanted, k0)) continue;
-    sum_over_rows<Form>(b, form, t, c0, k0, static_cast<const A*>(nullptr), [&](int k, int column, A sum) {
-      k += k0;
-      if (!(wanted >> k & 1)) return;
-      A* at = b.table() + k * t.columns + column;
-      const A mean = fma(sum, scale, sum * rest);
-      if constexpr (Form::kForm == kCentred) {
-        *at = log1p_of(mean);
-        const int j = c0 + column;
-        if (!with_centroid) return;
-        A centroid = 0;
-        if (j < q.classes) {
-          const int64_t from = b.on_chip ? j : j * q.col_stride;
-          const A x = larger(widen(b.row_data(0)[from], q.storage) - b.saved.top[b.first], q.floor);
-          centroid = exp_nonpositive(q.a[k] * x) / b.saved.sum[b.statistic(0, k)];
-        }
-        at[q.padded * t.columns] = centroid * (A(1) + mean);
-      } else {
-        *at = mean > A(0) ? log_positive(mean) : mean;  // keeps a NaN; a class masked throughout has P = 0
-      }
-    });
+    A* const raw = b.table() + k0 * t.columns;
+    sum_over_rows<Form>(
+        b, form, t, c0, k0, wanted, static_cast<const A*>(nullptr), raw, [&](int k, int column) {
+          A* const at = raw + k * t.columns + column;
+          const A sum = *at;
+          k += k0;
+          const A mean = fma(sum, scale, sum * rest);
+          if constexpr (Form::kForm == kCentred) {
+            *at = log1p_of(mean);
+            const int j = c0 + column;
+            if (!with_centroid) return;
+            A centroid = 0;
+            if (j < q.classes) {
+              const int64_t from = b.on_chip ? j : j * q.col_stride;
+              const A x = larger(widen(b.row_data(0)[from], q.storage) - b.saved.top[b.first], q.floor);
+              centroid = exp_nonpositive(q.a[k] * x) / b.saved.sum[b.statistic(0, k)];
+            }
+            at[q.padded * t.columns] = centroid * (A(1) + mean);
+          } else {
+            *at =
+                mean > A(0) ? log_positive(mean) : mean;  // keeps a NaN; a class masked throughout has P = 0
+          }
+        });
   }
 }
 
@@ -145,12 +187,14 @@ template <class T>
 __device__ inline void load_tables(Block<T>& b, const Tiling& t, int c0) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
+  const int label = b.label();
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < q.padded * t.columns; i += kThreads) {
     const int k = i / t.columns, j = c0 + i - k * t.columns;
     A given = 0;
     if (k < q.temperatures && j < q.classes)
-      given = q.centroids[(int64_t(q.order[k]) * q.classes + b.label) * q.classes + j];
+      given = q.centroids[(int64_t(q.order[k]) * q.classes + label) * q.classes + j];
     b.table()[i] = given > A(0) ? log_positive(given) : A(-1e4);  // finite: 0 * x is 0
     b.table()[i + q.padded * t.columns] = given;
   }
@@ -169,6 +213,7 @@ __device__ inline void divergences(Block<T>& b, const Tiling& t, int begin, int 
   const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes, batch = b.batch_rows(t);
   const int parts = t.lanes > kWarp ? t.lanes / kWarp : 1;  // a row's sums come from that many warps
   Form form;
+#pragma unroll 1
   for (int c0 = begin; c0 < end; c0 += t.columns) {
     const int j = c0 + lane * kVector;
     form.enter_tile(b, j);
@@ -176,11 +221,14 @@ __device__ inline void divergences(Block<T>& b, const Tiling& t, int begin, int 
       load_tables(b, t, c0);
     else
       build_tables(b, form, t, c0, wanted, true);
+#pragma unroll 1
     for (int row0 = 0; row0 < b.count; row0 += batch) {
       const int rows = b.rows_in_batch(row0, batch);
+#pragma unroll 1
       for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
         if (!b.in_chunk(wanted, k0)) continue;
         stage_rows<Form>(b, row0, rows, k0, nullptr);
+#pragma unroll 1
         for (int i0 = 0; i0 < rows; i0 += t.groups) {
           const int i = i0 + group;
           A sum[T::kChunk] = {};
@@ -188,22 +236,26 @@ __device__ inline void divergences(Block<T>& b, const Tiling& t, int begin, int 
             form.load(b, b.data()[i], i, j, k0);
 #pragma unroll
             for (int k = 0; k < T::kChunk; ++k) {
-              const A* table = b.table() + (k0 + k) * t.columns + lane * kVector;
+              const A* const table = b.table() + (k0 + k) * t.columns + lane * kVector;
+              A log_ratio[kVector], centroid[kVector] = {};
+              load_four(table, log_ratio);
+              if (Form::kTables == 2) load_four(table + q.padded * t.columns, centroid);
               const A weight = c.weight[i * T::kChunk + k], level = c.level[i * T::kChunk + k];
 #pragma unroll
               for (int u = 0; u < kVector; ++u)
                 sum[k] =
-                    form.add_divergence_term(q, k0 + k, u, weight, level, table[u],
-                                             table[u + (Form::kTables - 1) * q.padded * t.columns], sum[k]);
+                    form.add_divergence_term(q, k0 + k, u, weight, level, log_ratio[u], centroid[u], sum[k]);
               form.next();
             }
           }
           deposit_sums(sum, t.lanes, c.sums + (i * parts + lane / kWarp) * T::kChunk);
         }
         __syncthreads();
+#pragma unroll 1
         for (int at = threadIdx.x; at < rows * T::kChunk; at += kThreads) {
           const int i = at / T::kChunk, k = at - i * T::kChunk;
           A sum = 0;
+#pragma unroll 1
           for (int part = 0; part < parts; ++part) sum += c.sums[(i * parts + part) * T::kChunk + k];
           const int64_t to = b.statistic(row0 + i, k0 + k);
           if (Form::kForm == kPlain) sum /= b.saved.sum[to];

@@ -14,21 +14,21 @@ __device__ inline uint16_t float_to_bf16(float x) {
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);  // to nearest, ties to even
 }
 __device__ inline float f16_to_float(uint16_t bits) {
-#if defined(__CUDA_ARCH__)
+#if defined(CMIM_EMULATED)
+  return emulated_half_to_float(bits);
+#else
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
   return x;
-#else
-  return emulated_half_to_float(bits);
 #endif
 }
 __device__ inline uint16_t float_to_f16(float x) {
-#if defined(__CUDA_ARCH__)
+#if defined(CMIM_EMULATED)
+  return emulated_float_to_half(x);
+#else
   uint16_t bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
   return bits;
-#else
-  return emulated_float_to_half(x);
 #endif
 }
 
@@ -56,6 +56,21 @@ template <class S>
 struct alignas(sizeof(S) * kVector > 16 ? 16 : sizeof(S) * kVector) Vector {
   S at[kVector];
 };
+
+// kVector numbers at a 16-byte boundary
+template <class A>
+__device__ inline void load_four(const A* from, A (&v)[kVector]) {
+  const Vector<A> four = *reinterpret_cast<const Vector<A>*>(from);
+#pragma unroll
+  for (int u = 0; u < kVector; ++u) v[u] = four.at[u];
+}
+template <class A>
+__device__ inline void store_four(A* to, const A (&v)[kVector]) {
+  Vector<A> four;
+#pragma unroll
+  for (int u = 0; u < kVector; ++u) four.at[u] = v[u];
+  *reinterpret_cast<Vector<A>*>(to) = four;
+}
 
 // A row of S: where it is and how it may be read. `width` columns exist in it.
 template <class S>

@@ -1,5 +1,5 @@
-// What the kernels use of the machine: vector access, warp and block reductions. The emulator of the host
-// tests stands in for cuda_runtime.h and for the few intrinsics here.
+// What the kernels use of the machine: shared memory, copies, reductions over warps and blocks. The emulator
+// of the host tests stands in for cuda_runtime.h and for the few instructions here.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,15 +25,15 @@ __device__ inline unsigned char* dynamic_shared_memory() {
 // 16 bytes from global to shared memory without a stop in registers; both aligned. wait_for_copies() in every
 // thread that copied, then a barrier.
 __device__ inline void copy16(void* shared, const void* global) {
-#if defined(__CUDA_ARCH__)
+#if defined(CMIM_EMULATED)
+  emulated_copy16(shared, global);
+#else
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-#else
-  memcpy(shared, global, 16);
 #endif
 }
 __device__ inline void wait_for_copies() {
-#if defined(__CUDA_ARCH__)
+#if !defined(CMIM_EMULATED)
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
@@ -61,6 +61,7 @@ __device__ inline void reduce_group(A (&v)[N], int lanes, A* scratch, Combine co
   __syncthreads();
   for (int i = 0; i < N; ++i) {
     v[i] = scratch[first * N + i];
+#pragma unroll 1
     for (int w = 1; w < lanes / kWarp; ++w) v[i] = combine(v[i], scratch[(first + w) * N + i]);
   }
   __syncthreads();

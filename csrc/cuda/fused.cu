@@ -7,28 +7,29 @@
 namespace cmim::cuda {
 namespace {
 
-// From the rows' statistics to their divergences, in the form that each temperature needs.
+// From the rows' statistics to their divergences, in the form that each temperature needs, and their sums.
 template <class T>
-__device__ void fused_divergences(Block<T>& b, const Forward<typename T::A>& f, int slot) {
+__device__ void fused_divergences(Block<T>& b, const Forward<typename T::A>& f, bool cluster) {
   const int classes = b.q.classes;
-  const uint64_t all = b.every_temperature();
   auto* const kl = f.partial;
-  if (b.q.centroids) {
-    divergences<Given<T>>(b, b.tiling(Given<T>::kTables), 0, classes, all, kl);
+  if (cluster && b.q.centroids) {
+    divergences<Given<T>>(b, b.tiling(Given<T>::kTables), 0, classes, b.every_temperature(), kl);
     finish_given(b, kl);
-    sum_class(b, f, slot, kl);
-    return;
+  } else if (cluster) {
+    divergences<Plain<T>>(b, b.tiling(Plain<T>::kTables), 0, classes, b.every_temperature(),
+                          b.saved.divergence);
   }
-  divergences<Plain<T>>(b, b.tiling(Plain<T>::kTables), 0, classes, all, b.saved.divergence);
-  const uint64_t collapsed = sum_class(b, f, slot, kl);
-  if (!collapsed) return;
-  find_largest_column(b);
-  b.centred = not_too_wide(b, collapsed, centred_sums(b, 0, classes, collapsed, kl));
-  if (!b.centred) return;
-  finish_centred_sums(b, kl);
-  divergences<Centred<T>>(b, b.tiling(Centred<T>::kTables), 0, classes, b.centred, kl);
-  finish_centred(b, kl);
-  sum_class(b, f, slot, kl);
+#pragma unroll 1
+  for (;;) {
+    const uint64_t collapsed = sum_class(b, f, blockIdx.x, cluster ? kl : nullptr);
+    if (!collapsed || b.centred || b.q.centroids) return;
+    find_largest_column(b);
+    b.centred = not_too_wide(b, collapsed, centred_sums(b, 0, classes, collapsed, kl));
+    if (!b.centred) return;
+    finish_centred_sums(b, kl);
+    divergences<Centred<T>>(b, b.tiling(Centred<T>::kTables), 0, classes, b.centred, kl);
+    finish_centred(b, kl);
+  }
 }
 
 template <class T>
@@ -37,27 +38,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
   const auto& q = p.problem;
   const auto& f = p.forward;
   Block<T> b(q, p.saved, f.table_bytes, f.chip_bytes);
-  const int slot = blockIdx.x;
-  const FoundClass found = find_class(q, slot, p.saved.row, b.flags());
-  b.set_class(found.first, found.count, found.label, 0);
-  const bool cluster = q.has_cmi && (found.count > 1 || (found.count == 1 && q.centroids));
-  if (found.count > 0) {
-    b.bring_rows();
-    row_statistics(b, found.count, cluster, f.ce);
+  {
+    const FoundClass found = find_class(q, blockIdx.x, p.saved.row, b.flags());
+    b.set_class(found.first, found.count, 0);
+    if (threadIdx.x == 0 && blockIdx.x == 0) f.found[kBadLabels] = found.invalid;
   }
-  if (cluster)
-    fused_divergences(b, f, slot);
-  else
-    sum_class(b, f, slot, static_cast<const typename T::A*>(nullptr));
+  const bool cluster = q.has_cmi && (b.count > 1 || (b.count == 1 && q.centroids));
+  if (b.count > 0) {
+    b.bring_rows();
+    row_statistics(b, b.count, cluster, f.ce);
+  }
+  fused_divergences(b, f, cluster);
   if (q.reduction == kNone) store_rows(b, f, cluster ? f.partial : nullptr);
   if (threadIdx.x == 0) {
-    p.saved.first[slot] = found.first, p.saved.count[slot] = found.count;
+    const int slot = blockIdx.x;
+    p.saved.first[slot] = b.first, p.saved.count[slot] = b.count;
     p.saved.centred[2 * slot] = uint32_t(b.centred),
                         p.saved.centred[2 * slot + 1] = uint32_t(b.centred >> 32);
-    if (slot == 0) *f.invalid = found.invalid;
   }
   finish_other_rows(q, f);
-  if (last_to_finish(f.ticket, b.flags())) finish_value(q, f, p.saved.totals, b.combine());
+  if (last_to_finish(f.ticket, b.flags()))
+    finish_value(q, f, q.slots, __ldcg(f.found + kBadLabels) != 0, p.saved.totals, b.combine());
 }
 
 __device__ unsigned tickets[kTickets];

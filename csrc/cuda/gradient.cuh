@@ -30,23 +30,25 @@ __device__ inline A cross_entropy_scale(const Problem<A>& q, const Saved<A>& s, 
   return q.ce_weight * w.grad[0] / (q.reduction == kMean ? s.totals[kWeightSum] : A(1));
 }
 
-// Per row of the batch and temperature: what is multiplied by the table, x unit, d, 1 and rho
+// What the parts of a row's gradient are multiplied by
 template <class A>
 struct Coefficients {
-  A *of_table, *of_x, *of_d, *constant, *of_rho;  // (rows, padded)
-  A *ce_scale, *ce_target, *ce_smooth;            // (kBatch)
+  A* parts;                             // (rows, padded, 4) the table, x unit, d and 1
+  A* of_rho;                            // (rows, padded)
+  A *ce_scale, *ce_target, *ce_smooth;  // (kBatch)
   int rows;
 };
+enum Part { kOfTable, kOfX, kOfD, kConstant };
+
 template <class T>
 __device__ inline Coefficients<typename T::A> coefficients(const Block<T>& b) {
   using A = typename T::A;
   Coefficients<A> c;
-  c.ce_scale = b.constants(), c.ce_target = c.ce_scale + kBatch, c.ce_smooth = c.ce_target + kBatch;
   const int room = Sizes<A>::constants / int(sizeof(A)) - 3 * kBatch;
   c.rows = room / (5 * b.q.padded) < kBatch ? room / (5 * b.q.padded) : kBatch;
-  c.of_table = c.ce_smooth + kBatch, c.of_x = c.of_table + c.rows * b.q.padded;
-  c.of_d = c.of_x + c.rows * b.q.padded, c.constant = c.of_d + c.rows * b.q.padded;
-  c.of_rho = c.constant + c.rows * b.q.padded;
+  c.parts = b.constants();
+  c.of_rho = c.parts + 4 * c.rows * b.q.padded;
+  c.ce_scale = b.constants() + room, c.ce_target = c.ce_scale + kBatch, c.ce_smooth = c.ce_target + kBatch;
   return c;
 }
 
@@ -67,7 +69,7 @@ __device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>
           b.shift()[i] = shift;
         }
         const A scale = q.has_ce ? cross_entropy_scale(q, b.saved, w) * g : A(0);
-        const A hard = scale * (A(1) - q.smoothing) * (q.class_weight ? q.class_weight[b.label] : A(1));
+        const A hard = scale * (A(1) - q.smoothing) * (q.class_weight ? q.class_weight[b.label()] : A(1));
         const A smooth = scale * q.smoothing / A(q.classes);
         const A both = q.smoothing > A(0) ? fma(smooth, b.saved.totals[kSmoothingSum], hard) : hard;
         c.ce_scale[i] = q.has_ce ? both / b.saved.ce_sum[position] : A(0);
@@ -77,8 +79,10 @@ __device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>
       [&](int i, int row, int k) {
         const int64_t from = b.statistic(row, k);
         const int at = i * q.padded + k;
+        A parts[4] = {};
         if (k >= q.temperatures) {  // nothing was computed there
-          c.of_table[at] = c.of_x[at] = c.of_d[at] = c.constant[at] = c.of_rho[at] = 0;
+          store_four(c.parts + 4 * at, parts);
+          c.of_rho[at] = 0;
           return;
         }
         const A row_sum = b.saved.sum[from], divergence = b.saved.divergence[from];
@@ -88,10 +92,11 @@ __device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>
         const A scale = each * g;
         const bool centred = kMixed && (b.centred >> k & 1);
         const A level = centred ? b.saved.growth[from] : q.centroids ? log_positive(row_sum) : A(0);
-        c.of_table[at] = -scale;
-        c.of_x[at] = centred ? A(0) : scale * q.multiple[k];
-        c.of_d[at] = centred ? scale * q.a[k] : A(0);
-        c.constant[at] = each * dot - scale * (level + divergence);
+        parts[kOfTable] = -scale;
+        parts[kOfX] = centred ? A(0) : scale * q.multiple[k];
+        parts[kOfD] = centred ? scale * q.a[k] : A(0);
+        parts[kConstant] = each * dot - scale * (level + divergence);
+        store_four(c.parts + 4 * at, parts);
         c.of_rho[at] = -each;
       });
 }
@@ -109,19 +114,20 @@ __device__ inline void build_gradient_tables(Block<T>& b, const Tiling& t, int c
     using F = decltype(form);
     form.enter_tile(b, c0 + int(threadIdx.x) % t.lanes * kVector);
     build_tables(b, form, t, c0, wanted, false);
+#pragma unroll 1
     for (int k0 = 0; with_rho && k0 < b.q.padded; k0 += T::kChunk) {
       if (!b.in_chunk(wanted, k0)) continue;
-      sum_over_rows<F>(b, form, t, c0, k0, upstream, [&](int k, int column, A sum) {
-        k += k0;
-        if (!(wanted >> k & 1)) return;
-        const int at = k * t.columns + column;
-        rho[at] = sum * scale * exp_of(-b.table()[at]);
+      const int from = k0 * t.columns;
+      sum_over_rows<F>(b, form, t, c0, k0, wanted, upstream, rho + from, [&](int k, int column) {
+        const int at = from + k * t.columns + column;
+        rho[at] *= scale * exp_of(-b.table()[at]);
       });
     }
   };
   build(Plain<T>(), kMixed ? all & ~b.centred : all);
   if constexpr (kMixed) build(Centred<T>(), b.centred);
   // what lies beyond the last temperature has coefficients of zero, and must be finite
+#pragma unroll 1
   for (int i = b.q.temperatures * t.columns + threadIdx.x; i < b.q.padded * t.columns; i += kThreads) {
     b.table()[i] = 0;
     if (with_rho) rho[i] = 0;
@@ -143,15 +149,19 @@ __device__ inline void add_divergences(const Problem<typename T::A>& q, const Co
   }
   constexpr int run =
       4;  // temperatures that follow from one exponential; its rounding counts fourfold at most
+#pragma unroll 1
   for (int k0 = 0; k0 < q.padded; k0 += run) {
     A sum[kVector] = {};
 #pragma unroll
     for (int m = run - 1; m >= 0; --m) {
       const int k = k0 + m, at = i * q.padded + k;
+      A parts[4], log_ratio[kVector];
+      load_four(c.parts + 4 * at, parts);
+      load_four(table + k * columns, log_ratio);
 #pragma unroll
       for (int u = 0; u < kVector; ++u) {
-        A value = fma(c.of_table[at], table[k * columns + u], fma(c.of_x[at], y[u], c.constant[at]));
-        if (kMixed) value = fma(c.of_d[at], d[u], value);
+        A value = fma(parts[kOfTable], log_ratio[u], fma(parts[kOfX], y[u], parts[kConstant]));
+        if (kMixed) value = fma(parts[kOfD], d[u], value);
         if (with_rho) value = fma(c.of_rho[at], table[(q.padded + k) * columns + u], value);
         if constexpr (T::kChain)
           sum[u] = fma(sum[u], base[u], value);
@@ -166,27 +176,31 @@ __device__ inline void add_divergences(const Problem<typename T::A>& q, const Co
   }
 }
 
-// The gradient of the class's rows in columns begin .. end - 1. `cluster`: its divergences count.
+// The gradient of the class's rows in a share of the columns. `cluster`: its divergences count.
 template <bool kMixed, class T>
-__device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>& w, int begin, int end,
+__device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>& w, const Share& share,
                                       bool cluster) {
   using A = typename T::A;
   using S = typename T::S;
   const Problem<A>& q = b.q;
   const bool with_rho = cluster && q.reduction == kNone && !q.centroids;
-  const Tiling t = b.tiling(with_rho || q.centroids ? 2 : 1);
+  const Tiling t = b.tiling(with_rho || q.centroids ? 2 : 1, share.lanes);
   const Coefficients<A> c = coefficients(b);
+  const int label = b.label(), end = share.end;
   const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes;
-  for (int c0 = begin; c0 < end; c0 += t.columns) {
+#pragma unroll 1
+  for (int c0 = share.begin; c0 < end; c0 += t.columns) {
     const int j = c0 + lane * kVector;
     if (cluster && q.centroids) load_tables(b, t, c0);
     if (cluster && !q.centroids) build_gradient_tables<kMixed>(b, t, c0, with_rho, w.upstream);
     A z0[kVector];
     if (kMixed) load_vector(b.row_at(b.row_data(0)), j, q.storage, z0);
+#pragma unroll 1
     for (int row0 = 0; row0 < b.count; row0 += c.rows) {
       const int rows = b.rows_in_batch(row0, c.rows);
       stage_gradient<kMixed>(b, w, c, row0, rows, cluster);
       if (j >= end) continue;
+#pragma unroll 1
       for (int i = group; i < rows; i += t.groups) {
         A z[kVector], x[kVector], d[kVector], g[kVector] = {};
         load_vector(b.row_at(b.data()[i]), j, q.storage, z);
@@ -201,7 +215,7 @@ __device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>
 #pragma unroll
           for (int u = 0; u < kVector;
                ++u)  // first its own terms, whose difference may be small beside either
-            g[u] += fma(c.ce_scale[i], exp_nonpositive(x[u]), j + u == b.label ? -c.ce_target[i] : A(0));
+            g[u] += fma(c.ce_scale[i], exp_nonpositive(x[u]), j + u == label ? -c.ce_target[i] : A(0));
           if (q.smoothing > A(0))
             for (int u = 0; u < kVector && j + u < end; ++u)
               g[u] -= c.ce_smooth[i] * (q.class_weight ? q.class_weight[j + u] : A(1));
@@ -218,6 +232,7 @@ template <class T>
 __device__ inline void other_rows_gradient(const Problem<typename T::A>& q,
                                            const Backward<typename T::A>& w) {
   using A = typename T::A;
+#pragma unroll 1
   for (int i = blockIdx.x; i < q.rows; i += gridDim.x) {
     const int64_t label = q.target[i * q.target_stride];
     const bool ignored = label == q.ignore_index;
@@ -225,6 +240,7 @@ __device__ inline void other_rows_gradient(const Problem<typename T::A>& q,
     const A value = ignored ? A(0) : not_a_number<A>();
     const A g[kVector] = {value, value, value, value};
     auto* const to = static_cast<typename T::S*>(w.out) + int64_t(i) * q.classes;
+#pragma unroll 1
     for (int j = threadIdx.x * kVector; j < q.classes; j += kThreads * kVector)
       store_vector(to, j, q.classes, w.out_vector, q.storage, g);
   }

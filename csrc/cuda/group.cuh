@@ -27,8 +27,8 @@ __device__ inline TargetPair load_targets(const Problem<A>& q, int i, int64_t no
 }
 
 struct FoundClass {
-  int first, count, label;  // count 0: this slot has no class
-  int invalid;              // targets that are neither a class nor ignored, in the whole batch
+  int first, count;  // count 0: this slot has no class
+  int invalid;       // targets that are neither a class nor ignored, in the whole batch
 };
 
 // Writes the rows of the class of this slot, in ascending order, to row[first ..]. `scratch` is 4 * kWarps
@@ -42,6 +42,7 @@ __device__ inline FoundClass find_class(const Problem<A>& q, int slot, int32_t* 
   const int64_t none = q.ignore_index;
 
   int counts[4] = {};  // rows of smaller labels, of this one, of this one before `slot`, invalid ones
+#pragma unroll 1
   for (int i = begin + 2 * lane; i < end; i += 2 * kWarp) {
     const TargetPair t = load_targets(q, i, none);
     for (int u = 0; u < 2; ++u) {
@@ -59,15 +60,17 @@ __device__ inline FoundClass find_class(const Problem<A>& q, int slot, int32_t* 
   __syncthreads();
   int before = 0;  // rows of this class in earlier warps
   int totals[4] = {};
+#pragma unroll 1
   for (int w = 0; w < kWarps; ++w)
     for (int n = 0; n < 4; ++n) {
       if (n == 1 && w == warp) before = totals[1];
       totals[n] += scratch[w * 4 + n];
     }
   const bool leads = kept(q, label) && (q.by_class || totals[2] == 0);
-  FoundClass found{totals[0], leads ? totals[1] : 0, int(label), totals[3]};
+  FoundClass found{totals[0], leads ? totals[1] : 0, totals[3]};
   if (found.count > 0) {
     int at = found.first + before;
+#pragma unroll 1
     for (int i0 = begin; i0 < end; i0 += 2 * kWarp) {
       const int i = i0 + 2 * lane;
       const TargetPair t = load_targets(q, i, none);

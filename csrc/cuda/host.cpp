@@ -1,5 +1,8 @@
 #include "host.h"
 
+#include <mutex>
+#include <unordered_map>
+
 #include "launch.h"
 
 namespace cmim::cuda {
@@ -81,19 +84,20 @@ int64_t* bad_label_word() {
   if (g_bad_label) return g_bad_label;
   const WhileNotCapturing guard;
   void* word = nullptr;
-  check(cudaHostAlloc(&word, 2 * sizeof(int64_t), cudaHostAllocPortable | cudaHostAllocMapped),
+  check(cudaHostAlloc(&word, sizeof(int64_t), cudaHostAllocPortable | cudaHostAllocMapped),
         "allocating a word of host memory");
   g_bad_label = static_cast<int64_t*>(word);
-  g_bad_label[0] = 0;
+  *g_bad_label = 0;
   return g_bad_label;
 }
 
 void check_labels() {
   const std::lock_guard<std::mutex> lock(mutex());
-  volatile int64_t* word = g_bad_label;
-  if (!word || word[0] == 0) return;
-  const int64_t row = word[0] - 1, label = word[1];
-  word[0] = 0;
+  volatile int64_t* const word = g_bad_label;
+  if (!word || *word == 0) return;
+  const int64_t packed = *word, row = (packed & ((int64_t(1) << kRowBits) - 1)) - 1,
+                label = packed >> kRowBits;
+  *word = 0;
   throw std::runtime_error("target: expected labels in [0, C) or ignore_index in an earlier call, got " +
                            std::to_string(label) + " at row " + std::to_string(row) +
                            "; the loss of that call is NaN");

@@ -6,11 +6,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
-#include <unordered_set>
+
+#include "problem.h"
 
 namespace cmim::cuda {
 
@@ -40,8 +39,7 @@ const DeviceLimits& current_device();
 // memory, for the case that there is no other.
 unsigned* ticket(const DeviceLimits& device, cudaStream_t stream, unsigned* own);
 
-// {1 + row, label} of a label out of range, in host memory that kernels can write; null if there is none to
-// be had.
+// Host memory that kernels can write, where they tell of a label out of range; see kRowBits.
 int64_t* bad_label_word();
 
 // Allows a kernel the shared memory it asks for; once for each kernel and device.
@@ -53,7 +51,7 @@ inline void launch(void (*kernel)(P), int blocks, int shared_bytes, cudaStream_t
   allow_shared_memory(reinterpret_cast<const void*>(kernel), current_device().index, shared_bytes);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(256);
+  config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, p), "launching a kernel for " + shape);

@@ -1,13 +1,12 @@
 #include "launch.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
-#include <mutex>
 #include <numeric>
-#include <stdexcept>
 #include <string>
-#include <unordered_map>
+#include <vector>
 
 #include "host.h"
 
@@ -15,6 +14,8 @@ namespace cmim::cuda {
 namespace {
 
 constexpr int kLongestChain = 64;  // a power's error grows with its exponent
+constexpr int64_t kTypicalRows = 4096, kTypicalElements = 8 << 20;
+constexpr int kMostFinders = 256;
 
 // The temperatures in ascending order, and whether they are consecutive multiples of one number.
 struct Grid {
@@ -122,42 +123,193 @@ void with_kind(const Call& call, const Choice& choice, F f) {
                       : f(Kind<Narrow, float, kDirectChunk, false>());
 }
 
-int64_t forward_scratch_elements(const Call& call, int padded) {
-  const int64_t k = padded;
-  return call.rows + call.rows * k + (k + kClassSums) * slots(call) + 4;
+// Hands out parts of one allocation, each at a multiple of 16 bytes. Without memory it only counts.
+class Parts {
+ public:
+  explicit Parts(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class V>
+  void take(V*& part, int64_t count) {
+    part = memory_ ? reinterpret_cast<V*>(memory_ + bytes_) : nullptr;
+    bytes_ += (count * int64_t(sizeof(V)) + 15) / 16 * 16;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  int64_t bytes_ = 0;
+};
+
+// Bytes of shared memory of a block that has a Block
+template <class A>
+int block_bytes(const ForwardLaunch<A>& p) {
+  return Sizes<A>::fixed + p.forward.table_bytes + p.forward.chip_bytes;
+}
+constexpr int kSmallShared = 1024;  // and of one that has none: reductions only
+
+std::atomic<Path> g_path{Path::automatic};
+
+// How the forward kernels share a call out over the device.
+struct Plan {
+  bool tiled;
+  int parts = 1;    // most of a class's columns
+  int items = 0;    // that keep the device busy
+  int finders = 0;  // blocks that look for classes
+
+  Plan(const Call& call, const Choice& choice, const DeviceLimits& device, bool centroids) {
+    tiled = centroids || wants_sorted_targets(call);
+    if (!tiled) return;
+    items = 4 * device.processors;
+    finders = int(std::clamp<int64_t>(call.rows / kThreads, 1, kMostFinders));
+    parts = most_parts(call, choice, items);
+  }
+
+  // Sums of parts take less memory than a quarter of the logits' elements.
+  static int most_parts(const Call& call, const Choice& choice, int items) {
+    const int64_t narrow = (call.classes + kNarrowLanes * kVector - 1) / (kNarrowLanes * kVector);
+    return int(std::clamp<int64_t>(std::min(narrow, call.classes / (4 * choice.padded)), 1, items));
+  }
+};
+
+template <class A>
+void take_forward_parts(Parts& memory, Forward<A>& f, const Call& call, const Choice& choice,
+                        const Plan& plan) {
+  const int64_t slots_ = slots(call);
+  memory.take(f.ce, call.rows);
+  memory.take(f.partial, plan.parts * call.rows * choice.padded);
+  memory.take(f.sums, (choice.padded + kClassSums) * slots_);
+  memory.take(f.found, kFounds);
+  memory.take(f.ticket, 1);
+  memory.take(f.leaders, 2 * plan.finders);
+  memory.take(f.widest, plan.tiled ? slots_ * plan.parts : 0);
+}
+
+// Typical: every block can read all targets, and one block to a class keeps the device busy.
+bool is_typical(const Call& call) {
+  return call.rows <= kTypicalRows && call.rows * call.classes <= kTypicalElements;
+}
+
+template <class A>
+int64_t forward_bytes(const Call& call, const Choice& choice, const Plan& plan) {
+  Forward<A> f{};
+  Parts memory(nullptr);
+  take_forward_parts(memory, f, call, choice, plan);
+  return memory.bytes();
+}
+
+int64_t forward_elements(const Call& call, bool centroids) {
+  const Choice choice(call);
+  const Plan plan(call, choice, current_device(), centroids);
+  if (call.storage == Storage::f64)
+    return forward_bytes<double>(call, choice, plan) / int64_t(sizeof(double));
+  return forward_bytes<float>(call, choice, plan) / int64_t(sizeof(float));
+}
+
+template <class A>
+ForwardLaunch<A> forward_launch(const Call& call, const SortedTargets& sorted, const Choice& choice,
+                                const Plan& plan, void* saved, Parts& memory) {
+  ForwardLaunch<A> p{};
+  p.problem = make_problem<A>(call, choice);
+  p.saved = saved_in(static_cast<A*>(saved), call.rows, slots(call), choice.padded);
+  take_forward_parts(memory, p.forward, call, choice, plan);
+  p.forward.sorted = sorted.label, p.forward.order = sorted.row;
+  p.forward.parts = plan.parts, p.forward.items = plan.items;
+  p.forward.table_bytes = current_device().table_bytes();
+  p.forward.bad_label = bad_label_word();
+  return p;
+}
+
+// Blocks of a kernel that goes over `items` of them in a loop
+int grid(int64_t items) {
+  const int64_t most = int64_t(current_device().processors) * 8;
+  return int(std::clamp<int64_t>(items, 1, most));
+}
+
+// The launches that tell the rows of each class and their statistics
+template <class A>
+void launch_statistics(const TiledKernels<A>& kernels, const ForwardLaunch<A>& p, const Plan& plan,
+                       cudaStream_t stream, const std::string& shape) {
+  launch(kernels.count_classes, plan.finders, kSmallShared, stream, p, shape);
+  launch(kernels.list_classes, plan.finders, kSmallShared, stream, p, shape);
+  launch(kernels.statistics, grid(p.problem.rows), block_bytes<A>(p), stream, p, shape);
+}
+
+template <class T, class A = typename T::A>
+void forward_tiled(const ForwardLaunch<A>& p, const Plan& plan, cudaStream_t stream,
+                   const std::string& shape) {
+  const TiledKernels<A> kernels = tiled_kernels<T>();
+  const int items = grid(int64_t(p.problem.slots) * plan.parts), classes = grid(p.problem.slots);
+  const int bytes = block_bytes<A>(p);
+  launch_statistics(kernels, p, plan, stream, shape);
+  if (p.problem.has_cmi) launch(kernels.divergences, items, bytes, stream, p, shape);
+  launch(kernels.sum_classes, classes, bytes, stream, p, shape);
+  if (p.problem.has_cmi && !p.problem.centroids) {
+    launch(kernels.centred_parts, items, bytes, stream, p, shape);
+    launch(kernels.growths, classes, bytes, stream, p, shape);
+    launch(kernels.centred_divergences, items, bytes, stream, p, shape);
+    launch(kernels.sum_again, classes, bytes, stream, p, shape);
+  }
+  launch(kernels.value, plan.finders, kSmallShared, stream, p, shape);
 }
 
 }  // namespace
 
+void set_path(Path path) {
+  g_path = path;
+}
+
+bool wants_sorted_targets(const Call& call) {
+  const Path path = g_path;
+  return path == Path::automatic ? !is_typical(call) : path == Path::tiled;
+}
+
 int64_t forward_scratch(const Call& call) {
-  return forward_scratch_elements(call, Choice(call).padded);
+  return forward_elements(call, false);
+}
+
+int64_t centroids_scratch(const Call& call) {
+  return forward_elements(call, true) + saved_elements(call.rows, int64_t(call.a.size()));
 }
 
 int64_t backward_scratch(const Call& call) {
   return call.reduction == kNone ? call.rows * (1 + Choice(call).padded) : 0;
 }
 
-void forward(const Call& call, void* value, void* saved, void* scratch, cudaStream_t stream) {
+void forward(const Call& call, const SortedTargets& sorted, void* value, void* saved, void* scratch,
+             cudaStream_t stream) {
   const Choice choice(call);
   const DeviceLimits& device = current_device();
+  const Plan plan(call, choice, device, false);
   with_kind(call, choice, [&](auto kind) {
     using T = decltype(kind);
     using A = typename T::A;
-    ForwardLaunch<A> p;
-    p.problem = make_problem<A>(call, choice);
-    p.saved = saved_in(static_cast<A*>(saved), call.rows, slots(call), choice.padded);
+    Parts memory(scratch);
+    ForwardLaunch<A> p = forward_launch<A>(call, sorted, choice, plan, saved, memory);
     Forward<A>& f = p.forward;
     f.value = static_cast<A*>(value);
-    f.ce = static_cast<A*>(scratch);
-    f.partial = f.ce + call.rows;
-    f.sums = f.partial + call.rows * choice.padded;
-    f.invalid = reinterpret_cast<int*>(f.sums + (choice.padded + kClassSums) * int64_t(slots(call)));
-    f.ticket = ticket(device, stream, reinterpret_cast<unsigned*>(f.invalid) + 1);
-    f.bad_label = bad_label_word();
-    const int blocks = slots(call);
-    f.table_bytes = device.table_bytes();
-    f.chip_bytes = device.room_for_rows(Sizes<A>::fixed + f.table_bytes, blocks);
-    launch(fused_kernel<T>(), blocks, Sizes<A>::fixed + f.table_bytes + f.chip_bytes, stream, p, shape(call));
+    if (plan.tiled) return forward_tiled<T>(p, plan, stream, shape(call));
+    f.ticket = ticket(device, stream, f.ticket);
+    f.chip_bytes = device.room_for_rows(block_bytes<A>(p), slots(call));
+    launch(fused_kernel<T>(), slots(call), block_bytes<A>(p), stream, p, shape(call));
+  });
+}
+
+void class_centroids(const Call& call, const SortedTargets& sorted, void* centroids, int64_t* counts,
+                     void* scratch, cudaStream_t stream) {
+  const Choice choice(call);
+  const Plan plan(call, choice, current_device(), true);
+  with_kind(call, choice, [&](auto kind) {
+    using T = decltype(kind);
+    using A = typename T::A;
+    Parts memory(scratch);
+    A* saved = nullptr;
+    memory.take(saved, saved_elements(call.rows, int64_t(call.a.size())));
+    ForwardLaunch<A> p = forward_launch<A>(call, sorted, choice, plan, saved, memory);
+    p.forward.centroids = static_cast<A*>(centroids), p.forward.counts = counts;
+    const TiledKernels<A> kernels = tiled_kernels<T>();
+    launch_statistics(kernels, p, plan, stream, shape(call));
+    launch(kernels.centroids, grid(int64_t(slots(call)) * plan.parts), block_bytes<A>(p), stream, p,
+           shape(call));
+    launch(kernels.value, plan.finders, kSmallShared, stream, p, shape(call));
   });
 }
 
@@ -168,7 +320,7 @@ void backward(const Call& call, const void* grad, int64_t grad_stride, void* sav
   with_kind(call, choice, [&](auto kind) {
     using T = decltype(kind);
     using A = typename T::A;
-    BackwardLaunch<A> p;
+    BackwardLaunch<A> p{};
     p.problem = make_problem<A>(call, choice);
     p.saved = saved_in(static_cast<A*>(saved), call.rows, slots(call), choice.padded);
     Backward<A>& w = p.backward;
@@ -178,15 +330,13 @@ void backward(const Call& call, const void* grad, int64_t grad_stride, void* sav
     w.upstream = static_cast<A*>(scratch);
     w.dots = w.upstream + call.rows;
     w.table_bytes = device.table_bytes();
+    w.items = 4 * device.processors;
+    w.parts =
+        int(std::clamp<int64_t>((call.classes + kThreads * kVector - 1) / (kThreads * kVector), 1, w.items));
     const int bytes = Sizes<A>::fixed + w.table_bytes;
-    const int64_t most = int64_t(device.processors) * 16;  // blocks: more than that go by in a loop
     if (call.reduction == kNone && p.problem.has_cmi && !call.centroids)
-      launch(row_dots_kernel<T>(), int(std::min<int64_t>(slots(call), most)), bytes, stream, p, shape(call));
-    // Columns are shared out where there are fewer classes than the device can hold blocks.
-    const int64_t tiles = (call.classes + kThreads * kVector / 2 - 1) / (kThreads * kVector / 2);
-    w.splits = int(std::clamp<int64_t>(4 * device.processors / slots(call), 1, tiles));
-    launch(gradient_kernel<T>(), int(std::min<int64_t>(int64_t(slots(call)) * w.splits, most)), bytes, stream,
-           p, shape(call));
+      launch(row_dots_kernel<T>(), grid(slots(call)), bytes, stream, p, shape(call));
+    launch(gradient_kernel<T>(), grid(int64_t(slots(call)) * w.parts), bytes, stream, p, shape(call));
   });
 }
 

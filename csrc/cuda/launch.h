@@ -35,6 +35,14 @@ using Kernel = void (*)(P);
 
 template <class T>
 Kernel<ForwardLaunch<typename T::A>> fused_kernel();
+// In the order of their launches; the last one in place of those from divergences on
+template <class A>
+struct TiledKernels {
+  Kernel<ForwardLaunch<A>> count_classes, list_classes, statistics, divergences, sum_classes, centred_parts,
+      growths, centred_divergences, sum_again, value, centroids;
+};
+template <class T>
+TiledKernels<typename T::A> tiled_kernels();
 template <class T>
 Kernel<BackwardLaunch<typename T::A>> row_dots_kernel();
 template <class T>
@@ -48,20 +56,37 @@ struct Call {
   const int64_t* target;
   int64_t target_stride;
   std::vector<double> a, weight;  // inverse temperatures and their weights, in any order
-  const void *class_weight, *centroids;
-  double ce_weight, cmi_weight, smoothing;
+  const void *class_weight = nullptr, *centroids = nullptr;
+  double ce_weight = 0, cmi_weight = 0, smoothing = 0;
   int64_t ignore_index;
-  Reduction reduction;
+  Reduction reduction = kSpectrum;
 };
 
-// Elements of the arithmetic type that the caller allocates for `scratch`.
+// Targets in ascending order and where each was, equal ones in the order of the batch. (N) each.
+struct SortedTargets {
+  const int64_t *label, *row;
+};
+
+// Whether forward() wants the targets sorted, which class_centroids() always does.
+bool wants_sorted_targets(const Call& call);
+
+// Elements of the arithmetic type that the caller allocates for `scratch`; of the current device.
 int64_t forward_scratch(const Call& call);
+int64_t centroids_scratch(const Call& call);
 int64_t backward_scratch(const Call& call);
 
 // Enqueue on `stream` of the current device; rows > 0. Throw std::runtime_error with the shape if that fails.
-void forward(const Call& call, void* value, void* saved, void* scratch, cudaStream_t stream);
+void forward(const Call& call, const SortedTargets& sorted, void* value, void* saved, void* scratch,
+             cudaStream_t stream);
 void backward(const Call& call, const void* grad, int64_t grad_stride, void* saved, void* out, void* scratch,
               cudaStream_t stream);
+// centroids (K, C, C) and counts (C) hold zeros.
+void class_centroids(const Call& call, const SortedTargets& sorted, void* centroids, int64_t* counts,
+                     void* scratch, cudaStream_t stream);
+
+// Which forward kernels run: `automatic` chooses by size; the tests try the others on small problems.
+enum class Path : int64_t { automatic, fused, tiled };
+void set_path(Path path);
 
 // Counters of finished blocks, on the current device, zero at first.
 constexpr int kTickets = 4096;

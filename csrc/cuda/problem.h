@@ -8,14 +8,18 @@ namespace cmim::cuda {
 constexpr int kThreads = 256;  // of every block
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kVector = 4;            // neighbouring columns that one thread works on
-constexpr int kBatch = 64;            // rows whose constants lie in shared memory at a time
+constexpr int kVector = 4;  // neighbouring columns that one thread works on
+constexpr int kBatch = 64;  // rows whose constants lie in shared memory at a time
+constexpr int kManyRows =
+    8;  // a class of so many rows may be cut into narrow tiles, to keep every block busy
+constexpr int kNarrowLanes = 64;      // threads to a row of those
 constexpr int kMaxTemperatures = 64;  // K
 constexpr int kChainChunk = 8;        // temperatures that share one exponential, kept in registers together
 constexpr int kDirectChunk = 4;       // temperatures at a time where each has an exponential of its own
 
 enum class Storage : int { f32, f64, bf16, f16 };
 enum Reduction : int { kNone, kMean, kSum, kSpectrum };
+
 // One call of the loss, in the arithmetic type A: double for double logits, else float. Temperatures are
 // sorted, a[0] < a[1] < ..., and padded to a multiple of the chunk with ones of weight 0.
 template <class A>
@@ -29,8 +33,7 @@ struct Problem {
   bool vector4;       // four neighbouring logits may be read as one aligned vector
   bool vector16;      // and 16 bytes
   bool target_pairs;  // two neighbouring targets may be read as one aligned vector
-  bool
-      by_class;  // slot s of the classes is class s; otherwise it is the class of row s, if that is its first
+  bool by_class;      // slot s is class s; otherwise it is the class of row s, if that is its first row
 
   int temperatures, padded;  // K, and K rounded up to the chunk
   // Where the a_k are consecutive multiples of one number: a_k = multiple_k unit, multiple_k = multiple_0 +
@@ -61,14 +64,19 @@ struct Saved {
   A* divergence;   // (N, padded) plain: sum_j P t'; centred: KL; given centroids: sum_j P log(P/Q)
   A* top;          // (N) largest logit
   A* ce_sum;       // (N) the same for a = 1
-  A* totals;       // (kTotals)
+  A* totals;       // (kTotals) rows and their weights, the weights of all classes, classes present
   int32_t* row;    // (N) the row at each position
   int32_t* first;  // (slots) first position of the class
   int32_t* count;  // (slots) its rows; 0: there is none in this slot
   uint32_t* centred;  // (slots, 2) the mask, low word first
 };
 
-enum Total { kKept, kWeightSum, kSmoothingSum, kInvalid, kTotals };
+enum Total { kKept, kWeightSum, kSmoothingSum, kPresent, kTotals };
+
+// A label out of range and its row in one word, so that it is written at once; never 0. N < 2^25. Labels
+// beyond 37 bits are reported as the nearest that fits.
+constexpr int kRowBits = 26;
+constexpr int64_t kLargestLabel = (int64_t(1) << (63 - kRowBits)) - 1;
 
 // Elements of A that Saved takes in one tensor
 inline int64_t saved_elements(int64_t rows, int64_t temperatures) {
@@ -95,17 +103,28 @@ inline Saved<A> saved_in(A* memory, int64_t rows, int64_t slots, int64_t padded)
 // Where the forward kernels put what only the call itself needs.
 template <class A>
 struct Forward {
-  A* value;            // (), (N) or (K)
+  A* value;            // (), (N) or (K); null where centroids are wanted
   A* ce;               // (N) cross entropy at each position
   A* partial;          // (parts, N, padded), see divergences()
   A* sums;             // (padded + kClassSums, slots) sums over each class
-  int* invalid;        // (1) labels out of range
-  unsigned* ticket;    // blocks that have finished; 0 between launches
-  int64_t* bad_label;  // in host memory: {1 + row, label} of one label out of range
+  int* found;          // (kFounds)
+  unsigned* ticket;    // blocks that have finished; 0 between launches. The fused kernel alone
+  int64_t* bad_label;  // a word of host memory that tells of a label out of range, see pack_label()
   int table_bytes, chip_bytes;
+
+  // The tiled kernels alone:
+  const int64_t* sorted;  // (N) targets in ascending order
+  const int64_t* order;   // (N) their rows, in the order of the batch where targets are equal
+  int* leaders;     // (finders, 2) of each block that looks for classes: those it found, labels out of range
+  A* widest;        // (slots, parts) largest d
+  int parts;        // most parts that a class's columns are shared out in
+  int items;        // parts of classes that keep the device busy
+  A* centroids;     // (K, C, C), zero; null: the loss is wanted
+  int64_t* counts;  // (C), zero
 };
 
-enum ClassSum { kClassCe, kClassWeight, kClassCount, kClassSums };
+enum Found { kClasses, kBadLabels, kCollapsedClasses, kFounds };
+enum ClassSum { kClassCe, kClassWeight, kClassCount, kClassPresent, kClassSums };
 
 // What the backward kernels read and write.
 template <class A>
@@ -116,7 +135,8 @@ struct Backward {
   bool out_vector;  // four neighbours of it may be written as one aligned vector
   A* upstream;      // (N) by position: g_i less the class's mean; reduction "none" only, as the next one
   A* dots;          // (N, padded) sum_j P rho
-  int splits;       // blocks that share the columns of a class
+  int parts;        // most parts that a class's columns are shared out in
+  int items;        // parts of classes that keep the device busy
   int table_bytes;
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cluster.cuh"
+#include "group.cuh"
 
 namespace cmim::cuda {
 
@@ -32,6 +33,7 @@ __device__ inline RowSums<typename T::A> scan_row(const Problem<typename T::A>& 
                                                   const Row<typename T::S>& row, int lane, int lanes) {
   using A = typename T::A;
   RowSums<A> s{lowest(A()), 0, 0, 0};
+#pragma unroll 1
   for (int j = lane * kVector; j < row.width; j += lanes * kVector) {
     A z[kVector];
     load_vector(row, j, q.storage, z);
@@ -74,9 +76,11 @@ __device__ inline void row_statistics(Block<T>& b, int count, bool all, typename
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
   const int parts = lanes > kWarp ? lanes / kWarp : 1;
   A* const sums = b.constants();  // (groups, parts, kChunk)
+#pragma unroll 1
   for (int i0 = 0; i0 < count; i0 += groups) {
     const int i = i0 + group, position = b.first + i;
-    const bool there = i < count;
+    const int64_t y = i < count ? target_at(q, b.saved.row[position]) : -1;
+    const bool there = kept(q, y);
     const Row<typename T::S> row = b.row_at(there ? b.row_data(i) : nullptr);
     RowSums<A> s{lowest(A()), 0, 0, 0};
     if (there) s = scan_row<T>(q, row, lane, lanes);
@@ -86,19 +90,19 @@ __device__ inline void row_statistics(Block<T>& b, int count, bool all, typename
     sum_group(v, lanes, b.scratch());
     s.exponentials = v[0], s.weighted = v[1], s.weights = v[2];
     if (there && lane == 0) {
-      const int64_t y = q.target[b.saved.row[position] * q.target_stride];
       // no sum: every class of the row is masked, as F.cross_entropy has it
       if (!(s.exponentials > A(0))) s.exponentials = not_a_number<A>();
       b.saved.top[position] = s.top;
       b.saved.ce_sum[position] = s.exponentials;
       ce[position] = cross_entropy(q, s, log_of(s.exponentials), widen(row.data[y * row.stride], q.storage),
                                    q.class_weight ? q.class_weight[y] : A(1));
-      if (position == 0) b.saved.totals[kSmoothingSum] = s.weights;
     }
     if (!all) continue;
+#pragma unroll 1
     for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
       A sum[T::kChunk] = {};
       if (there)
+#pragma unroll 1
         for (int j = lane * kVector; j < row.width; j += lanes * kVector) {
           A z[kVector];
           load_vector(row, j, q.storage, z);
@@ -115,10 +119,12 @@ __device__ inline void row_statistics(Block<T>& b, int count, bool all, typename
         }
       deposit_sums(sum, lanes, sums + (group * parts + lane / kWarp) * T::kChunk);
       __syncthreads();
+#pragma unroll 1
       for (int at = threadIdx.x; at < groups * T::kChunk; at += kThreads) {
         const int g = at / T::kChunk, k = at - g * T::kChunk;
         if (i0 + g >= count) continue;
         A total = 0;
+#pragma unroll 1
         for (int part = 0; part < parts; ++part) total += sums[(g * parts + part) * T::kChunk + k];
         // with NaN where the row has one, which the exponentials do not carry
         b.saved.sum[b.statistic(i0 + g, k0 + k)] = total + A(0) * b.saved.ce_sum[b.first + i0 + g];
@@ -143,16 +149,19 @@ __device__ inline typename T::A centred_sums(Block<T>& b, int begin, int end, ui
   const A top0 = b.saved.top[b.first];
   A* const sums = b.constants();
   A widest = 0;
+#pragma unroll 1
   for (int i0 = 0; i0 < b.count; i0 += groups) {
     const int i = i0 + group;
     const bool there = i < b.count;
     const typename T::S* const data = b.row_data(there ? i : 0);
     const Difference<A> shift = shift_of(b, there ? i : 0);
+#pragma unroll 1
     for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
       if (!b.in_chunk(wanted, k0)) continue;
       A sum[T::kChunk] = {};
       Centred<T> form;
       if (there)
+#pragma unroll 1
         for (int j = begin + lane * kVector; j < end; j += lanes * kVector) {
           form.enter_tile(b, j);
           A z[kVector];
@@ -177,10 +186,12 @@ __device__ inline typename T::A centred_sums(Block<T>& b, int begin, int end, ui
         }
       deposit_sums(sum, lanes, sums + (group * parts + lane / kWarp) * T::kChunk);
       __syncthreads();
+#pragma unroll 1
       for (int at = threadIdx.x; at < groups * T::kChunk; at += kThreads) {
         const int g = at / T::kChunk, k = at - g * T::kChunk;
         if (i0 + g >= b.count) continue;
         A total = 0;
+#pragma unroll 1
         for (int part = 0; part < parts; ++part) total += sums[(g * parts + part) * T::kChunk + k];
         out[b.statistic(i0 + g, k0 + k)] = total;
       }
@@ -193,6 +204,7 @@ __device__ inline typename T::A centred_sums(Block<T>& b, int begin, int end, ui
 // Those of the temperatures at which exp(a d) is in range for every d up to `widest`
 template <class T>
 __device__ inline uint64_t not_too_wide(const Block<T>& b, uint64_t temperatures, typename T::A widest) {
+#pragma unroll 1
   for (int k = 0; k < b.q.temperatures; ++k)
     if (!(b.q.a[k] * widest <= kWidestExponent<typename T::A>)) temperatures &= ~(uint64_t(1) << k);
   return temperatures;

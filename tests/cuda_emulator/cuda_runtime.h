@@ -4,8 +4,9 @@
 // which waiting fibers are resumed is the caller's choice, and a result that depends on it shows a race.
 //
 // What it shows besides: barriers and exchanges that not every thread reaches (an error), shared memory that
-// is read before it is written (it is filled with NaN), and shared memory beyond what was asked for (a guard
-// page). What it cannot show: speed, memory ordering between blocks, alignment.
+// is read before it is written (it is filled with NaN), shared memory beyond what was asked for (a guard page
+// on either side), and, compiled with -fsanitize=alignment, vectors that are not aligned. What it cannot show:
+// speed, and memory ordering between blocks, which run one after the other.
 #pragma once
 
 #include <cmath>
@@ -29,7 +30,9 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 unsigned char* emulated_shared_memory();
 void __syncthreads();
-void emulated_grid_sync();
+int __syncthreads_or(int vote);
+// 16 bytes, both addresses at a multiple of that (an error if not)
+void emulated_copy16(void* to, const void* from);
 // Every lane of the warp gives 8 bytes and gets those of lane `from`.
 uint64_t emulated_exchange(uint64_t mine, int from);
 unsigned __ballot_sync(unsigned mask, bool vote);
@@ -80,19 +83,10 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 enum { cudaHostAllocPortable = 1, cudaHostAllocMapped = 2 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  struct {
-    int cooperative;
-  } val;
-};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
 };
 
 const char* cudaGetErrorString(cudaError_t);
@@ -104,8 +98,6 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*);
 cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long*);
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*);
 cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned flags);
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads,
-                                                          size_t shared);
 template <class V>
 cudaError_t cudaGetSymbolAddress(void** p, V& symbol) {
   *p = &symbol;

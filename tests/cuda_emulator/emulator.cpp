@@ -1,19 +1,17 @@
 #include <cuda_runtime.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <cstdio>
 #include <cstdlib>
-#include <limits>
-#include <stdexcept>
-#include <string>
+#include <map>
+#include <utility>
 #include <vector>
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
-constexpr size_t kStack = 64 * 1024, kShared = 256 * 1024;
+constexpr size_t kStack = 64 * 1024;
 constexpr int kWarp = 32;
 
 // Set by the tests
@@ -32,13 +30,10 @@ struct Warp {
 struct BlockState {
   unsigned index = 0;
   int live = 0, at_barrier = 0;
+  int voted[2] = {};
   unsigned round = 0;
   unsigned char* shared = nullptr;
   std::vector<Warp> warps;
-};
-struct GridState {
-  int live = 0, arrived = 0;
-  unsigned round = 0;
 };
 struct Fiber {
   void* stack_pointer = nullptr;
@@ -50,7 +45,6 @@ struct Fiber {
   bool done = false;
 };
 
-GridState g_grid;
 Fiber* g_now = nullptr;
 void* g_scheduler = nullptr;
 void (*g_body)(const void*) = nullptr;
@@ -89,7 +83,6 @@ void run_fiber() {
   g_body(g_argument);
   g_now->done = true;
   --g_now->block->live;
-  --g_grid.live;
   emulator_switch(&g_now->stack_pointer, g_scheduler);
   std::abort();
 }
@@ -146,14 +139,16 @@ void run_all(std::vector<Fiber>& fibers) {
   }
 }
 
-unsigned char* new_shared(size_t bytes) {
-  // ends at a page that may not be touched
+// `bytes` that end beside a page that may not be touched, with another such page before them
+unsigned char* guarded(size_t bytes) {
   static const size_t page = 4096;
-  const size_t size = (bytes + page - 1) / page * page + page;
-  void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const size_t size = (bytes + page - 1) / page * page;
+  void* p = mmap(nullptr, size + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) fail("no memory");
-  mprotect(static_cast<char*>(p) + size - page, page, PROT_NONE);
-  return static_cast<unsigned char*>(p) + (size - page - bytes);
+  char* const begin = static_cast<char*>(p) + page;
+  mprotect(p, page, PROT_NONE);
+  mprotect(begin + size, page, PROT_NONE);
+  return reinterpret_cast<unsigned char*>(begin + size - bytes);
 }
 
 }  // namespace
@@ -174,14 +169,19 @@ void __syncthreads() {
   wait_until_changed(&b.round, round);
 }
 
-void emulated_grid_sync() {
-  const unsigned round = g_grid.round;
-  if (++g_grid.arrived == g_grid.live) {
-    g_grid.arrived = 0;
-    ++g_grid.round;
-    return;
-  }
-  wait_until_changed(&g_grid.round, round);
+int __syncthreads_or(int vote) {
+  BlockState& b = *g_now->block;
+  const unsigned round = b.round;
+  if (b.at_barrier == 0) b.voted[round % 2] = 0;
+  b.voted[round % 2] |= vote;
+  __syncthreads();
+  return b.voted[round % 2];
+}
+
+void emulated_copy16(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    fail("a copy of 16 bytes that is not aligned");
+  std::memcpy(to, from, 16);
 }
 
 uint64_t emulated_exchange(uint64_t mine, int from) {
@@ -209,40 +209,32 @@ unsigned __ballot_sync(unsigned, bool vote) {
 
 cudaError_t emulated_launch(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* argument) {
   ++g_launches;
-  const bool together = config.numAttrs > 0;  // cooperative: all blocks at the same time
-  const unsigned blocks = config.gridDim.x, threads = config.blockDim.x, resident = together ? blocks : 1;
-  if (config.dynamicSmemBytes > size_t(g_shared_kb) * 1024 || blocks == 0) return cudaErrorInvalidValue;
+  const unsigned blocks = config.gridDim.x, threads = config.blockDim.x;
+  const size_t bytes = config.dynamicSmemBytes;
+  if (bytes > size_t(g_shared_kb) * 1024 || blocks == 0) return cudaErrorInvalidValue;
   blockDim = config.blockDim;
   gridDim = config.gridDim;
   g_body = body;
   g_argument = argument;
 
   static std::vector<char*> stacks;
-  std::vector<BlockState> states(resident);
-  std::vector<Fiber> fibers(size_t(resident) * threads);
-  static std::vector<unsigned char*> memory;
-  for (unsigned s = 0; s < resident; ++s) {
-    if (memory.size() <= s) memory.push_back(new_shared(kShared));
-    states[s].shared = memory[s] + kShared - config.dynamicSmemBytes;
-    states[s].warps.resize(threads / kWarp);
-  }
-  for (size_t i = 0; i < fibers.size(); ++i) {
-    if (stacks.size() <= i) stacks.push_back(static_cast<char*>(std::malloc(kStack)));
-    fibers[i].stack = stacks[i];
-  }
-  for (unsigned first = 0; first < blocks; first += resident) {
-    for (unsigned s = 0; s < resident; ++s) {
-      states[s].index = g_order == 1 && !together ? blocks - 1 - first : first + s;
-      states[s].live = int(threads);
-      std::memset(states[s].shared, 0xff, config.dynamicSmemBytes);  // NaN
-      for (unsigned t = 0; t < threads; ++t) {
-        Fiber& f = fibers[size_t(s) * threads + t];
-        f.thread = t, f.block = &states[s];
-        prepare(f);
-      }
+  while (stacks.size() < threads) stacks.push_back(static_cast<char*>(std::malloc(kStack)));
+  static std::map<size_t, unsigned char*> memory;  // by size, since its end is guarded
+  unsigned char*& shared = memory[bytes];
+  if (!shared) shared = guarded(bytes);
+  BlockState block;
+  block.shared = shared;
+  block.warps.resize(threads / kWarp);
+  std::vector<Fiber> fibers(threads);
+  for (unsigned i = 0; i < blocks; ++i) {
+    block.index = g_order == 1 ? blocks - 1 - i : i;
+    block.live = int(threads);
+    std::memset(shared, 0xff, bytes);  // NaN
+    for (unsigned t = 0; t < threads; ++t) {
+      fibers[t].stack = stacks[t];
+      fibers[t].thread = t, fibers[t].block = &block;
+      prepare(fibers[t]);
     }
-    g_grid = GridState{};
-    g_grid.live = int(fibers.size());
     run_all(fibers);
   }
   return cudaSuccess;
@@ -296,11 +288,6 @@ cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) {
   *p = std::calloc(1, bytes);
   return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
-  *blocks = 1;
-  return cudaSuccess;
-}
-
 // What the binding takes from a CUDA build of PyTorch
 extern "C" {
 int32_t aoti_torch_create_cuda_guard(int32_t, void** guard) {

@@ -1,0 +1,125 @@
+"""The CUDA kernels and their binding, compiled for the CPU over `cuda_emulator/` and loaded as operators.
+
+    backend = emulated()              # serves CPU tensors in place of cmim_kernels.backends.cuda
+    with settings(order=1): ...       # threads and blocks in descending order
+
+It takes some ten seconds to compile, once in a process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from cmim_kernels.backends import cuda
+
+ROOT = Path(__file__).parent.parent
+EMULATOR = ROOT / "tests" / "cuda_emulator"
+TORCH = Path(torch.__file__).parent
+TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]
+TORCH_FLAGS += ["-isystem", str(TORCH / "include"), "-isystem", str(TORCH / "include/torch/csrc/api/include")]
+# Multiplications and additions are fused as nvcc fuses them. A vector that is not aligned is a trap.
+FLAGS = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-march=native", "-ffp-contract=fast"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+
+AUTOMATIC, FUSED, TILED = range(3)
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def run(command: Sequence[str]) -> str:
+    """Runs a compiler; returns what it says, and fails with that if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AssertionError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def build(folder: Path, extra: Sequence[str] = ()) -> Path:
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cpp")) + sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    sources += [EMULATOR / "emulator.cpp"]
+
+    def compile_one(source: Path) -> str:
+        target = str(folder / f"{source.name}.o")
+        torch_flags = TORCH_FLAGS if source.name == "binding.cpp" else []
+        run([compiler(), *FLAGS, *extra, *torch_flags, "-x", "c++", "-c", str(source), "-o", target])
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = folder / "libcmim_emulated.so"
+    run([compiler(), "-shared", *extra, *objects, "-o", str(library), f"-L{TORCH / 'lib'}", "-ltorch_cpu"])
+    return library
+
+
+@cache
+def emulated() -> SimpleNamespace:
+    """What `cmim_kernels.backends.cuda` is on a machine with a device, for CPU tensors."""
+    folder = Path(tempfile.mkdtemp(prefix="cmim_emulated_"))
+    try:
+        library = build(folder)
+        native = ctypes.CDLL(str(library))
+        definitions = torch.library.Library("cmim_emulated", "FRAGMENT")
+        for name in ("loss", "loss_backward", "class_centroids"):
+            schema = str(getattr(torch.ops.cmim_kernels, name).default._schema)
+            definitions.define(schema.removeprefix("cmim_kernels::"))
+        torch.ops.load_library(str(library))
+    finally:
+        shutil.rmtree(folder)
+    operators = torch.ops.cmim_emulated
+    return SimpleNamespace(
+        NAME="cuda",
+        SAVED_IS_GRADIENT=False,
+        unusable=lambda: None,
+        refuses=lambda logits, temperatures: None,
+        saved_shape=cuda.saved_shape,
+        loss=operators.loss.default,
+        loss_backward=operators.loss_backward.default,
+        class_centroids=operators.class_centroids.default,
+        check_labels=operators.check_cuda_labels.default,
+        set_path=operators.set_cuda_path.default,
+        native=native,
+        definitions=definitions,  # gone, the operators would be gone too
+    )
+
+
+@contextmanager
+def settings(
+    *, order: int = 0, processors: int = 3, shared_kb: int = 227, capturing: bool = False, path: int = AUTOMATIC
+) -> Iterator[None]:
+    """Order: 0 ascending, 1 descending, else the seed of a shuffle; the device's size; which kernels run."""
+    backend = emulated()
+    try:
+        backend.native.emulator_set(order, processors, shared_kb, int(capturing))
+        backend.set_path(path)
+        yield
+    finally:
+        backend.native.emulator_set(0, 3, 227, 0)
+        backend.set_path(AUTOMATIC)
+
+
+def launches() -> int:
+    """Kernels launched so far."""
+    count = emulated().native.emulator_launches
+    count.restype = ctypes.c_uint64
+    return int(count())
+
+
+def bits(t: Tensor) -> bytes:
+    """What two results that are the same bit by bit have in common."""
+    return t.contiguous().view(torch.uint8).numpy().tobytes() if t.dim() else bits(t[None])
