@@ -79,11 +79,6 @@ def test_every_ablation_trains(digits: ModuleType) -> None:
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_tables_are_aligned_for_a_terminal(digits: ModuleType) -> None:
-    text = digits.aligned("before\n| a | bb |\n|---|---|\n| **long** | 1 |\nafter")
-    assert text.split("\n")[:5] == ["before", "a     bb", "----  --", "long  1", "after"]
-
-
 def test_refuses_nonsense(digits: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     for options in (["--splits", "0"], ["--labelled", "900"]):
         with pytest.raises(SystemExit):

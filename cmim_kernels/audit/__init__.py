@@ -6,6 +6,7 @@ from .render import plot_audit, to_markdown
 from .report import AuditReport
 from .run import audit
 from .students import StudentTraining, mlp
+from .tuning import tune_training
 
 __all__ = [
     "Attack",
@@ -19,4 +20,5 @@ __all__ = [
     "register_attack",
     "registered_attacks",
     "to_markdown",
+    "tune_training",
 ]

@@ -8,15 +8,16 @@ import math
 import sys
 from collections.abc import Sequence
 
-from .attacks import registered_attacks
+from .attacks import registered_attacks, resolve_attacks
 from .data import AuditData, load_audit_data
-from .render import to_markdown
+from .render import to_text
 from .run import audit
 from .students import StudentFactory, StudentTraining, mlp
+from .tuning import tune_training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0 done, 2 bad input."""
+    """Runs the command line; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
     options = _parser().parse_args(arguments)
     if options.list:
         for attack in registered_attacks().values():
@@ -25,22 +26,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.file is None:
         return _refuse("no file given; see --help")
     try:
-        data = load_audit_data(options.file)
-        report = audit(
-            data,
-            _student(options, data),
-            attacks=options.attacks,
-            seeds=data.splits if options.seeds is None and data.splits is not None else options.seeds or 5,
-            training=StudentTraining(options.steps, options.batch_size, options.lr, options.weight_decay),
-            label_smoothing=options.label_smoothing,
-            out=options.out,
-            fresh=options.fresh,
-        )
+        _run(options)
     except (ValueError, TypeError, OSError) as error:
         return _refuse(str(error))
-    print(to_markdown(report))
-    print(f"Written to {options.out}")
+    except KeyboardInterrupt:
+        print(f"\naudit: interrupted; the same command goes on from {options.out}", file=sys.stderr)
+        return 130
     return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    data = load_audit_data(options.file)
+    student = _student(options, data)
+    resolve_attacks(options.attacks)  # a wrong name is told before anything is trained
+    seeds = options.seeds if options.seeds is not None else data.splits or 5
+    training = StudentTraining(options.steps, options.batch_size, options.lr, options.weight_decay)
+    if options.tune:
+        training = tune_training(
+            data, student, seeds=seeds, training=training, label_smoothing=options.label_smoothing
+        )
+        print(f"tuned: --lr {training.lr:g} --weight-decay {training.weight_decay:g}", file=sys.stderr)
+    report = audit(
+        data,
+        student,
+        attacks=options.attacks,
+        seeds=seeds,
+        training=training,
+        label_smoothing=options.label_smoothing,
+        out=options.out,
+        fresh=options.fresh,
+    )
+    print(to_text(report))
+    print(f"Written to {options.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,9 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=training.batch_size)
     parser.add_argument("--lr", type=float, default=training.lr)
     parser.add_argument("--weight-decay", type=float, default=training.weight_decay)
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="take, of a grid of learning rates and weight decays, those with the best student to beat",
+    )
     parser.add_argument("--label-smoothing", type=float, default=0.1, help="of the student to beat")
     parser.add_argument(
-        "--out", default="audit", help="folder for audit.json, audit.md, audit.png; resumed if there"
+        "--out", default="audit", help="folder for audit.json, .md and .png; gone on with if there is one"
     )
     parser.add_argument("--fresh", action="store_true", help="do not resume, start again")
     return parser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,21 @@ class AuditData:
                     f"{name} must lie in [0, {self.num_classes}), the teachers' classes, got {low} to {high}"
                 )
 
+    def seeds(self, wanted: int | Sequence[int]) -> list[int]:
+        """A number of seeds, or the seeds, as a list.
+
+        Raises:
+            ValueError: none, one twice, or not as many as there are data sets where each seed has one.
+        """
+        chosen = list(range(wanted)) if isinstance(wanted, int) else list(wanted)
+        if not chosen or len(set(chosen)) != len(chosen):
+            raise ValueError(f"seeds must be a positive number or distinct numbers, got {wanted!r}")
+        if self.splits is not None and self.splits != len(chosen):
+            raise ValueError(
+                f"the data holds {self.splits} data sets, one per seed, but there are {len(chosen)} seeds"
+            )
+        return chosen
+
     def per_seed(self, tensor: Tensor, seeds: int) -> Tensor:
         """(N, ...) shared by all seeds, or (S, N, ...), as (S, N, ...), without a copy."""
         return tensor if self.splits is not None else tensor.expand(seeds, *tensor.shape)
@@ -166,10 +181,11 @@ def load_audit_data(path: str | Path) -> AuditData:
 
     The names are the fields of `AuditData`. Several teachers are several entries `teachers.<name>`; their
     answers on the extra inputs are `extra_logits.<name>`; one teacher alone may be `teacher_logits` and
-    `extra_logits`.
+    `extra_logits`, and is called `teacher`.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not such a file, an entry that is missing or not known.
+        FileNotFoundError, TypeError, ValueError: no such file, not such a file, an entry that is missing, not
+        known, or not what `AuditData` accepts; with the path in the message.
     """
     path = Path(path)
     if not path.is_file():
@@ -187,7 +203,10 @@ def load_audit_data(path: str | Path) -> AuditData:
     missing = [name for name in (*_TENSORS, "teachers") if name not in fields]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    return AuditData(**fields)
+    try:
+        return AuditData(**fields)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

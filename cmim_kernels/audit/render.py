@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .data import LABELS_ONLY
 from .report import AuditReport
@@ -29,7 +29,8 @@ def write_report(report: AuditReport, folder: Path) -> None:
     if find_spec("matplotlib") is not None and report.results:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        bars = len(report.results) * (len(report.teachers) + 1)
+        figure = Figure(figsize=(min(max(10.0, 0.12 * bars), 24.0), 4.5), layout="constrained")
         plot_audit(report, figure.subplots())
         figure.savefig(folder / "audit.png", dpi=150)
 
@@ -45,7 +46,8 @@ def to_markdown(report: AuditReport) -> str:
         "",
         f"The attacker holds {settings['training_rows']} labelled rows of {settings['classes']} classes; "
         f"{settings['test_rows']} test rows; {len(report.seeds)} seeds, each with {shared}. "
-        f"LS student (label smoothing {report.label_smoothing:g}): {_accuracy(report.baseline)}.",
+        f"LS student (label smoothing {report.label_smoothing:g}): {_accuracy(report.baseline)}. "
+        f"Every student: {_training(settings['student_training'])}.",
         "",
         "Differences to the LS student of the same seed in percentage points: mean ± standard error "
         "[95 % t-interval], **bold** where the whole interval lies above zero. Of many such intervals one in "
@@ -80,6 +82,30 @@ def to_markdown(report: AuditReport) -> str:
     return "\n".join(lines) + "\n"
 
 
+def to_text(report: AuditReport) -> str:
+    """The report for a terminal: without the list of papers, columns aligned."""
+    return align(to_markdown(report).split("\n## Papers")[0])
+
+
+def align(markdown: str) -> str:
+    """Pads the cells of Markdown tables, and drops their bold type."""
+    lines: list[str] = []
+    table: list[list[str]] = []
+    for line in [*markdown.split("\n"), ""]:
+        if line.startswith("|"):
+            cells = [cell.strip().replace("**", "") for cell in line.strip("|").split("|")]
+            table.append(["" if cell == "---" else cell for cell in cells])
+            continue
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            ruled = not any(row)
+            padded = ("-" * w if ruled else c.ljust(w) for c, w in zip(row, widths, strict=True))
+            lines.append("  ".join(padded).rstrip())
+        table = []
+        lines.append(line)
+    return "\n".join(lines[:-1])
+
+
 def attack_table(report: AuditReport, names: Sequence[str]) -> list[str]:
     """Lines of a Markdown table: attacks down; across, the teachers and the labels-only control."""
     columns = [*report.teachers, LABELS_ONLY]
@@ -106,7 +132,7 @@ def plot_audit(report: AuditReport, axes: Axes) -> None:
     """Bars: every attack's mean difference to the LS student in points, with 95 % intervals."""
     names = list(report.results)
     width = 0.8 / len(report.teachers)
-    for i, teacher in enumerate(report.teachers):
+    for i, (teacher, colour) in enumerate(zip(report.teachers, _colours(len(report.teachers)), strict=True)):
         differences = [report.difference(teacher, name) for name in names]
         centres = [k + (i - (len(report.teachers) - 1) / 2) * width for k in range(len(names))]
         axes.bar(
@@ -115,7 +141,7 @@ def plot_audit(report: AuditReport, axes: Axes) -> None:
             width,
             yerr=[100 * (d.high - d.mean) if d.n > 1 else 0.0 for d in differences],
             capsize=2,
-            color=_COLOURS[i % len(_COLOURS)],
+            color=colour,
             error_kw={"elinewidth": 0.8},
             label=teacher,
         )
@@ -131,8 +157,27 @@ def plot_audit(report: AuditReport, axes: Axes) -> None:
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylabel("accuracy over the LS student (points)")
-    axes.set_title(f"Knockoff students, {len(report.seeds)} seeds, 95 % t-intervals", fontsize=10)
-    axes.legend(title="teacher", fontsize=8, title_fontsize=8)
+    what = "splits" if report.settings["data_per_seed"] else "seeds"
+    axes.set_title(f"Knockoff students, {len(report.seeds)} {what}, 95 % t-intervals", fontsize=10)
+    axes.legend(
+        title="teacher", fontsize=8, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False
+    )
+
+
+def _colours(count: int) -> list[Any]:
+    """Fixed ones for a few teachers, a scale for many."""
+    if count <= len(_COLOURS):
+        return list(_COLOURS[:count])
+    from matplotlib import colormaps
+
+    return [colormaps["turbo"](i / (count - 1)) for i in range(count)]
+
+
+def _training(student: Mapping[str, float]) -> str:
+    return (
+        f"{student['steps']} steps of AdamW, {student['batch_size']} rows at most in each, learning rate "
+        f"{student['lr']:g} falling to 0, weight decay {student['weight_decay']:g}"
+    )
 
 
 def _accuracy(values: Sequence[float]) -> str:

@@ -15,7 +15,7 @@ from .stats import Difference, holm, paired_difference
 
 VERSION = 1
 FAMILY_LEVEL = 0.025  # one-sided, as the upper half of a 95 % interval is
-_FIXED = ("version", "fingerprint", "teachers", "seeds", "label_smoothing", "settings")
+_FIXED = ("version", "fingerprint", "teachers", "seeds", "label_smoothing", "settings", "versions")
 
 
 @dataclass
@@ -33,6 +33,7 @@ class AuditReport:
         results: attack -> teacher -> accuracies of the knockoff students; where the attack allows it, also
             for the teacher that knows nothing but the labels (`LABELS_ONLY`).
         skipped: attack -> why it could not be run.
+        versions: of the packages that decide the figures.
     """
 
     teachers: list[str]
@@ -44,6 +45,7 @@ class AuditReport:
     baselines: dict[str, list[float]] = field(default_factory=dict)
     results: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 
     @property
@@ -145,7 +147,7 @@ class AuditReport:
         os.replace(partial, folder / "audit.json")
 
     def resume(self, folder: Path) -> None:
-        """Takes over what folder/audit.json holds of the attacks asked for, if there is one.
+        """Takes over what folder/audit.json holds, if there is one, other attacks than those asked for too.
 
         Raises:
             ValueError: the file is no audit report or belongs to other data or settings.
@@ -162,14 +164,20 @@ class AuditReport:
         differing = [name for name in _FIXED if getattr(earlier, name) != getattr(self, name)]
         if differing:
             raise ValueError(
-                f"{path} is the audit of something else ({', '.join(differing)} differ); "
+                f"{path} is the audit of something else ({', '.join(differing)} differ; the fingerprint is "
+                "that of data, answers, untrained students and training); "
                 "choose another folder or start again with fresh=True (--fresh)"
             )
         self.baselines = dict(earlier.baselines)
+        self.attacks |= {
+            name: attack
+            for name, attack in earlier.attacks.items()
+            if name in earlier.results and name not in self.attacks
+        }
         self.results = {
             name: values
             for name, values in earlier.results.items()
-            if self.attacks.get(name) == earlier.attacks.get(name)
+            if name in self.attacks and self.attacks[name] == earlier.attacks.get(name)
         }
 
 

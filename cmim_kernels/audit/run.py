@@ -7,6 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .. import __version__
 from .attacks import Attack, resolve_attacks
 from .data import AuditData
 from .progress import track
@@ -40,11 +43,13 @@ def audit(
         student: makes one untrained student; see `mlp`.
         attacks: names or `Attack` objects; None takes every registered one.
         seeds: a number of seeds, or the seeds. With one data set per seed: as many as there are data sets.
-        training: how students are trained, the same for all. Tune it for the baseline: an audit against a
-            weak baseline finds every teacher distillable.
+        training: how students are trained, the same for all. Tune it for the baseline (`tune_training`): an
+            audit against a weak baseline finds every teacher distillable.
         label_smoothing: the baseline's (the LS student's), in [0, 1).
         out: a folder for audit.json, audit.md and (with matplotlib) audit.png. An audit that was interrupted
-            goes on from there: at most the attack it was in is lost.
+            goes on from there: at most the attack it was in is lost. Attacks that an earlier audit of the
+            same data and settings tried stay in the report, and count in the verdict. An attack is known by
+            its name, paper and threat: if you change what else it does, rename it or start again.
         fresh: start again though `out` holds an audit.
         progress: show a progress bar.
 
@@ -57,9 +62,7 @@ def audit(
     """
     chosen = {attack.name: attack for attack in resolve_attacks(attacks)}
     training = training or StudentTraining()
-    seeds = _seeds(seeds, data)
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+    seeds = data.seeds(seeds)
     trainer = Trainer(data, student, seeds, training, label_smoothing)
     report = AuditReport(
         teachers=list(data.teacher_names),
@@ -68,6 +71,7 @@ def audit(
         settings=_settings(data, training),
         fingerprint=trainer.fingerprint(),
         attacks={attack.name: {"paper": attack.paper, "threat": attack.threat} for attack in chosen.values()},
+        versions={"cmim_kernels": __version__, "torch": torch.__version__},
     )
     if out is not None and not fresh:
         report.resume(Path(out))
@@ -87,21 +91,10 @@ def audit(
             report.baselines[key] = trainer.baseline(smoothings[key])
         if out is not None:
             report.save(Path(out))
-    report.results = {name: report.results[name] for name in chosen if name in report.results}
+    report.results = {name: report.results[name] for name in report.attacks if name in report.results}
     if out is not None:
         write_report(report, Path(out))
     return report
-
-
-def _seeds(seeds: int | Sequence[int], data: AuditData) -> list[int]:
-    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not chosen or len(set(chosen)) != len(chosen):
-        raise ValueError(f"seeds must be a positive number or distinct numbers, got {seeds!r}")
-    if data.splits is not None and data.splits != len(chosen):
-        raise ValueError(
-            f"the data holds {data.splits} data sets, one per seed, but there are {len(chosen)} seeds"
-        )
-    return chosen
 
 
 def _cannot_run(attack: Attack, data: AuditData) -> str | None:

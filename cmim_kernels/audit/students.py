@@ -42,7 +42,13 @@ class StudentTraining:
 
 
 def mlp(inputs: int, hidden: Sequence[int], classes: int) -> StudentFactory:
-    """A factory of perceptrons with ReLU on the flattened input, `inputs - hidden... - classes`."""
+    """A factory of perceptrons with ReLU on the flattened input, `inputs - hidden... - classes`.
+
+    Raises:
+        ValueError: a width below 1.
+    """
+    if min(inputs, *hidden, classes) < 1:
+        raise ValueError(f"every width must be at least 1, got {inputs} - {list(hidden)} - {classes}")
 
     def make() -> nn.Module:
         layers: list[nn.Module] = [nn.Flatten()]

@@ -19,7 +19,15 @@ _MIXUP_BETA = 0.4  # MixKD draws the share of a mixture from Beta(a, a)
 
 
 class Trainer:
-    """Holds the attacker's data, one row of tensors per seed (S) or per student (R = teachers * S)."""
+    """Holds the attacker's data, one row of tensors per seed (S) or per student (R = teachers * S).
+
+    Args:
+        data, student, seeds, training: as in `audit`.
+        label_smoothing: the LS student's.
+
+    Raises:
+        ValueError: label_smoothing is out of range.
+    """
 
     def __init__(
         self,
@@ -29,7 +37,10 @@ class Trainer:
         training: StudentTraining,
         label_smoothing: float,
     ) -> None:
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
         self.data, self.student, self.seeds, self.training = data, student, seeds, training
+        self.label_smoothing = label_smoothing
         S = len(seeds)
         self.device = data.inputs.device
         self.inputs = data.per_seed(data.inputs, S)  # (S, N, ...)
@@ -53,15 +64,16 @@ class Trainer:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def baseline(self, label_smoothing: float) -> list[float]:
-        """Accuracies (S) of students that see nothing but the attacker's labels."""
+    def baseline(self, label_smoothing: float | None = None) -> list[float]:
+        """Accuracies (S) of students that see nothing but the attacker's labels; None: the LS student's."""
+        smoothing = self.label_smoothing if label_smoothing is None else label_smoothing
         students = Students(self.student, self.seeds, 1, self.device)
         rows = self._batches(self.inputs.shape[1])
 
         def step_loss() -> Tensor:
             index = next(rows)
             logits = students(take(self.inputs, index))
-            return cross_entropy(logits, take(self.labels, index), label_smoothing)
+            return cross_entropy(logits, take(self.labels, index), smoothing)
 
         students.train(self.training, step_loss)
         return students.accuracy(self.test_inputs, self.test_labels).tolist()

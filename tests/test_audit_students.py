@@ -1,0 +1,122 @@
+"""Students trained together are those trained alone, and the search for the best of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from audit_cases import FAST, STUDENT, clusters, data
+from torch import nn
+
+from cmim_kernels.audit import StudentTraining, audit, mlp, tune_training
+from cmim_kernels.audit.attacks import cross_entropy
+from cmim_kernels.audit.students import Students, batches, take
+from cmim_kernels.audit.trainer import Trainer
+
+
+def test_students_trained_together_are_those_trained_alone() -> None:
+    x, y = clusters(24, 1)
+    together = Students(STUDENT, [3, 4], 2, x.device)
+    index = next(batches([3, 4], 24, 128, x.device))
+    inputs, labels = x.expand(2, *x.shape), y.expand(2, *y.shape)
+    together.train(
+        FAST, lambda: cross_entropy(together(take(inputs, index)), take(labels.repeat(2, 1), index))
+    )
+    found = together(inputs)
+    for r, seed in enumerate([3, 4, 3, 4]):
+        torch.manual_seed(seed)
+        alone = STUDENT()
+        optimiser = torch.optim.AdamW(alone.parameters(), lr=FAST.lr, weight_decay=FAST.weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, FAST.steps)
+        for _ in range(FAST.steps):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(alone(x), y).backward()
+            optimiser.step()
+            schedule.step()
+        torch.testing.assert_close(found[r], alone(x), rtol=1e-3, atol=1e-3)
+
+
+def test_accuracy_in_chunks_and_of_the_diverged() -> None:
+    x, y = clusters(50, 1)
+    students = Students(STUDENT, [0, 1], 1, x.device)
+    inputs, labels = x.expand(2, *x.shape), y.expand(2, *y.shape)
+    whole = students.accuracy(inputs, labels)
+    torch.testing.assert_close(students.accuracy(inputs, labels, chunk=7), whole)
+    with torch.no_grad():
+        students.parameters()[0][1] = torch.nan
+    now = students.accuracy(inputs, labels)
+    assert now[0] == whole[0]
+    assert now[1].isnan()
+
+
+def test_batches_are_each_seeds_own_epochs() -> None:
+    draws = batches([0, 1], 10, 4, torch.device("cpu"))
+    first, second = next(draws), next(draws)
+    assert first.shape == (2, 4)
+    assert not torch.equal(first[0], first[1])
+    assert len(set(first[0].tolist() + second[0].tolist())) == 8
+    assert torch.equal(next(batches([0, 1], 10, 4, torch.device("cpu"))), first)
+
+
+def test_running_statistics_are_refused() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+    with pytest.raises(ValueError, match="keeps running statistics"):
+        audit(data(), make, attacks=["kd-t4"], seeds=2, training=FAST, progress=False)
+
+
+def test_students_of_any_kind() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 6)),
+            nn.Conv1d(1, 4, 3),
+            nn.GroupNorm(2, 4),
+            nn.Flatten(),
+            nn.Dropout(0.1),
+            nn.Linear(16, 3),
+        )
+
+    reports = [
+        audit(data(), make, attacks=["kd-t4"], seeds=2, training=FAST, progress=False) for _ in range(2)
+    ]
+    assert reports[0].results["kd-t4"]["bayes"] == reports[1].results["kd-t4"]["bayes"]  # dropout is seeded
+
+
+def test_tuning_finds_the_best_student_alone() -> None:
+    options: dict[str, Any] = {
+        "seeds": 3,
+        "training": StudentTraining(steps=20),
+        "learning_rates": (1e-5, 3e-2),
+        "weight_decays": (1e-2, 100.0),
+        "progress": False,
+    }
+    source = data()
+    tuned = tune_training(source, STUDENT, **options)
+    assert (tuned.lr, tuned.weight_decay, tuned.steps) == (3e-2, 1e-2, 20)
+    found = Trainer(source, STUDENT, [0, 1, 2], tuned, 0.1).baseline()
+    others = [StudentTraining(20, lr=1e-5), StudentTraining(20, lr=3e-2, weight_decay=100.0)]
+    for other in others:
+        assert sum(Trainer(source, STUDENT, [0, 1, 2], other, 0.1).baseline()) < sum(found)
+    with pytest.raises(ValueError, match="at least one number each"):
+        tune_training(source, STUDENT, **(options | {"learning_rates": ()}))
+    with pytest.raises(ValueError, match="every student of the grid diverged"):
+        tune_training(source, STUDENT, **(options | {"learning_rates": (1e30,)}))
+    with pytest.raises(ValueError, match="lr must be positive"):
+        tune_training(source, STUDENT, **(options | {"learning_rates": (-1.0,)}))
+
+
+def test_mlp() -> None:
+    widths = [tuple(p.shape) for p in mlp(6, [8, 5], 3)().parameters() if p.dim() == 2]
+    assert widths == [(8, 6), (5, 8), (3, 5)]
+    assert mlp(6, [], 3)()(torch.zeros(2, 3, 2)).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"every width must be at least 1, got 6 - \[0\] - 3"):
+        mlp(6, [0], 3)
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.0}, {"lr": math.nan}, {"weight_decay": -1.0}])
+def test_bad_training(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="lr must be positive"):
+        StudentTraining(**options)  # type: ignore[arg-type]

@@ -1,0 +1,76 @@
+"""Paired differences, their intervals, and the verdict that an audit draws from them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from cmim_kernels.audit import AuditReport
+from cmim_kernels.audit.data import LABELS_ONLY
+from cmim_kernels.audit.stats import holm, paired_difference, t_cdf, t_quantile
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 11, 30])
+def test_students_t_against_scipy(df: int) -> None:
+    t = pytest.importorskip("scipy.stats").t
+    for x in (-3.0, 0.0, 0.7, 2.0, 40.0):
+        assert t_cdf(x, df) == pytest.approx(t.cdf(x, df), abs=1e-13)
+    assert t_quantile(0.975, df) == pytest.approx(t.ppf(0.975, df), rel=1e-10)
+
+
+def test_paired_difference() -> None:
+    d = paired_difference([0.91, 0.93, 0.95], [0.90, 0.90, 0.90])
+    assert d.mean == pytest.approx(0.03)
+    assert d.standard_error == pytest.approx(0.02 / math.sqrt(3))
+    assert d.high - d.mean == pytest.approx(4.302652729911275 * d.standard_error)
+    assert d.p == pytest.approx(1 - t_cdf(0.03 / d.standard_error, 2))
+    assert paired_difference([0.9, math.nan, 0.8], [0.8, 0.1, 0.8]).n == 2
+    assert paired_difference([0.9], [0.8]).low == -math.inf
+    assert math.isnan(paired_difference([math.nan], [0.8]).mean)
+
+
+def test_holm() -> None:
+    assert holm({"a": 0.01, "b": 0.03, "c": 0.012}, 0.05) == ["a", "c", "b"]
+    assert holm({"a": 0.02, "b": 0.5, "c": 0.9}, 0.05) == []
+
+
+def made_report(**accuracies: list[float]) -> AuditReport:
+    """One teacher with these accuracies under attacks of these names; labels-only students at 0.9."""
+    seeds = list(range(6))
+    return AuditReport(
+        teachers=["t"],
+        seeds=seeds,
+        label_smoothing=0.1,
+        settings={},
+        fingerprint="",
+        attacks={
+            name: {"paper": "", "threat": "leakage" if name == "leak" else "published"} for name in accuracies
+        },
+        baselines={"0.1": [0.90, 0.91, 0.89, 0.90, 0.92, 0.90]},
+        results={
+            name: {"t": values, LABELS_ONLY: [0.90, 0.91, 0.89, 0.90, 0.92, 0.91]}
+            for name, values in accuracies.items()
+        },
+    )
+
+
+BETTER = [0.95, 0.96, 0.95, 0.95, 0.96, 0.95]
+WORSE = [0.85, 0.88, 0.87, 0.88, 0.89, 0.87]
+
+
+def test_verdicts() -> None:
+    assert made_report(a=BETTER, b=WORSE).verdict("t").startswith("distillable: 1 of 2 attacks beat")
+    assert made_report(a=WORSE, b=WORSE).verdict("t").startswith("undistillable by these 2 attacks")
+    assert made_report(a=WORSE, leak=BETTER).verdict("t").startswith("undistillable by these 1 attacks")
+    slightly = [0.901, 0.912, 0.892, 0.900, 0.922, 0.902]  # above zero, but not after 20 attempts
+    many = {f"a{i}": WORSE for i in range(19)}
+    report = made_report(a=slightly, **many)
+    assert report.beaten_by("t") == ["a"]
+    assert report.verdict("t").startswith("not shown to be distillable: 1 of 20 attacks")
+    assert report.worst("t") == "a"
+    loss_alone = made_report(a=BETTER)
+    loss_alone.results["a"][LABELS_ONLY] = BETTER
+    assert loss_alone.verdict("t").startswith("not shown to be distillable")
+    diverged = made_report(a=[math.nan] * 6)
+    assert diverged.verdict("t").startswith("undecided")
