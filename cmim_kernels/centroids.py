@@ -16,6 +16,7 @@ from .spectrum import Numbers, TemperatureSpectrum
 
 Mode = Literal["ema", "epoch", "fixed"]
 _MODES = ("ema", "epoch", "fixed")
+_PAIRS = (("centroids", "counts"), ("pending", "pending_counts"))  # means, and the rows behind each class's
 _ROW_SUM_TOLERANCE = 1e-3  # a loaded centroid is a distribution, up to the rounding of C float32 additions
 
 
@@ -230,6 +231,12 @@ class CentroidBank(nn.Module):
             if own is not None and f"{prefix}{name}" in state_dict
             if (problem := self._problem(name, own, state_dict[f"{prefix}{name}"])) is not None
         ]
+        if not wrong:
+            wrong = [
+                f"{prefix}{counts}: must be positive for the classes with a centroid, 0 for the others"
+                for name, counts in _PAIRS
+                if name in self._buffers and not self._agree(state_dict, prefix, name, counts)
+            ]
         if wrong:  # all of it or nothing
             error_msgs.extend(wrong)
             return
@@ -237,6 +244,12 @@ class CentroidBank(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._complete = bool((self.counts > 0).all())
+
+    def _agree(self, state_dict: dict[str, Any], prefix: str, name: str, counts: str) -> bool:
+        """Whether a state, completed by the own buffers, has centroids where it has counts."""
+        mean: Tensor = state_dict.get(f"{prefix}{name}", getattr(self, name)).cpu()
+        count: Tensor = state_dict.get(f"{prefix}{counts}", getattr(self, counts)).cpu()
+        return torch.equal(mean.sum(2) > 0, (count > 0).expand(mean.shape[:2]))
 
     def _problem(self, name: str, own: Tensor, loaded: object) -> str | None:
         """Why `loaded` cannot become the buffer `name`; None if it can."""

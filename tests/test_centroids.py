@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from cmim_kernels import TemperatureSpectrum, class_centroids, fused_cmi_loss
+from cmim_kernels import CMIMLoss, TemperatureSpectrum, class_centroids, fused_cmi_loss
 from cmim_kernels.centroids import CentroidBank
 
 SPECTRUM = TemperatureSpectrum([0.5, 1.0, 4.0])
@@ -181,6 +181,8 @@ def broken(name: str, value: Any) -> dict[str, Tensor]:
         (broken("centroids", lambda q: 2 * q), "sum to 1"),
         (broken("counts", lambda n: n - 100), "counts must not be negative"),
         (broken("counts", "many"), "expected a torch.int64 tensor, got str"),
+        (broken("counts", torch.zeros_like), "counts: must be positive for the classes with a centroid"),
+        (broken("centroids", torch.zeros_like), "counts: must be positive for the classes with a centroid"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_whole(state: dict[str, Tensor], message: str) -> None:
@@ -223,6 +225,37 @@ def test_a_bank_of_other_classes_or_temperatures() -> None:
         CentroidBank(7, temperatures=SPECTRUM).centroids_for(*batch(0), A)
     with pytest.raises(ValueError, match="the loss has inverse temperatures"):
         bank().centroids_for(*batch(0), (1.0, 2.0, 3.0))
+
+
+def test_the_loss_module_uses_and_keeps_the_bank() -> None:
+    b = bank(decay=0.5)
+    loss = CMIMLoss(temperatures=SPECTRUM, cmi_weight=3.0, centroids=b)
+    assert set(loss.state_dict()) == {f"centroids.{name}" for name in b.state_dict()}
+    twin = bank(decay=0.5)
+    for seed in range(2):
+        logits, target = batch(seed)
+        leaves = [logits.clone().requires_grad_() for _ in range(2)]
+        held = twin.centroids_for(logits, target, A)
+        values = [
+            loss(leaves[0], target),
+            fused_cmi_loss(leaves[1], target, temperatures=SPECTRUM, cmi_weight=3.0, centroids=held),
+        ]
+        assert torch.equal(*values)
+        assert torch.equal(*(torch.autograd.grad(v, z)[0] for v, z in zip(values, leaves, strict=True)))
+    loss.eval()
+    before = b.counts.clone()
+    loss(*batch(5))
+    assert torch.equal(b.counts, before)
+
+
+def test_the_loss_module_refuses_what_does_not_fit() -> None:
+    loss = CMIMLoss(temperatures=SPECTRUM, centroids=bank())
+    with pytest.raises(ValueError, match="logits have 7 classes, the centroid bank has 5"):
+        loss(torch.zeros(3, 7), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"the loss has inverse temperatures \[1.0\], the centroid bank"):
+        CMIMLoss(temperatures=[1.0], centroids=bank())(*batch(0))
+    with pytest.raises(TypeError, match="centroids must be a tensor or a CentroidBank, got str"):
+        CMIMLoss(centroids="bank")  # type: ignore[arg-type]
 
 
 def test_memory_is_as_documented() -> None:
