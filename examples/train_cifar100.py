@@ -39,10 +39,13 @@ def datasets(options: argparse.Namespace, process: common.Process) -> tuple[Data
         data.CIFAR100(options.data, download=True)
     if process.group is not None:
         dist.barrier()
-    return (
-        data.CIFAR100(options.data, train=True, transform=transforms.Compose(augmented)),
-        data.CIFAR100(options.data, train=False, transform=transforms.Compose(to_tensor)),
-    )
+    try:
+        return (
+            data.CIFAR100(options.data, train=True, transform=transforms.Compose(augmented)),
+            data.CIFAR100(options.data, train=False, transform=transforms.Compose(to_tensor)),
+        )
+    except RuntimeError as error:  # torchvision's, of a folder without the data set
+        raise SystemExit(f"--data {options.data}: {error}; --download fetches it") from error
 
 
 def network(options: argparse.Namespace) -> nn.Module:
@@ -91,9 +94,7 @@ def train(options: argparse.Namespace, process: common.Process) -> None:
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(batches))
     loss = CMIMLoss(temperatures=TemperatureSpectrum.uniform(1.0, 8)).to(process.device)
-    training = common.Training.begin(process, model, loss, optimizer, schedule, options.precision)
-    if options.resume:
-        training.load(options.output)
+    training = common.Training.begin(process, model, loss, optimizer, schedule, options)
 
     last = min(options.epochs, training.epoch + (options.stop_after or options.epochs))
     while training.epoch < last:

@@ -1,11 +1,12 @@
 """ImageNet with the CMIM loss: ResNet-50, ordinary shuffled batches, centroids kept in a bank.
 
-    torchrun --nproc-per-node 8 examples/train_imagenet.py --data DIR      (DIR/train and DIR/val, one folder
-    per class) python examples/train_imagenet.py --synthetic
+    torchrun --nproc-per-node 8 examples/train_imagenet.py --data DIR
+    python examples/train_imagenet.py --synthetic
 
-A batch of 256 images has rarely two of one class among 1000, and a cluster of one row has no spread: the
-centroids are a moving average over the batches of all processes (`CentroidBank`, 32 MB). `--cmi-weight 0` is
-the cross-entropy baseline. The default weight is a starting point and has not been tuned on this data set.
+DIR/train and DIR/val hold one folder of images per class; a part of ImageNet's classes will do. A batch of 256
+images has rarely two of one class among 1000, and a cluster of one row has no spread: the centroids are a
+moving average over the batches of all processes (`CentroidBank`, 32 MB). `--cmi-weight 0` is the cross-entropy
+baseline. The default weight is a starting point and has not been tuned on this data set.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from cmim_kernels import CentroidBank, CMIMLoss, TemperatureSpectrum
 
-CLASSES = 1000
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -30,21 +30,25 @@ def datasets(options: argparse.Namespace) -> tuple[Dataset[Any], Dataset[Any]]:
     """Training images with augmentation, validation images cropped at the centre."""
     if options.synthetic:
         rows = 3 * options.batch_size * 2
-        return common.SyntheticImages(rows, CLASSES, 32, 0), common.SyntheticImages(64, CLASSES, 32, 1)
+        return common.SyntheticImages(rows, 1000, 32, 0), common.SyntheticImages(64, 1000, 32, 1)
     data, transforms = common.torchvision_module("datasets"), common.torchvision_module("transforms")
     to_tensor = [transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION)]
     augmented = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), *to_tensor]
     plain = [transforms.Resize(256), transforms.CenterCrop(224), *to_tensor]
-    return (
-        data.ImageFolder(options.data / "train", transforms.Compose(augmented)),
-        data.ImageFolder(options.data / "val", transforms.Compose(plain)),
-    )
+    try:
+        train_set = data.ImageFolder(options.data / "train", transforms.Compose(augmented))
+        val_set = data.ImageFolder(options.data / "val", transforms.Compose(plain))
+    except FileNotFoundError as error:
+        raise SystemExit(f"--data {options.data} must hold train and val: {error}") from error
+    if train_set.classes != val_set.classes:
+        raise SystemExit(f"--data {options.data}: train and val must have folders of the same names")
+    return train_set, val_set
 
 
-def network(options: argparse.Namespace) -> nn.Module:
+def network(options: argparse.Namespace, classes: int) -> nn.Module:
     if options.synthetic:
-        return common.small_network(CLASSES)
-    model: nn.Module = common.torchvision_module("models").resnet50(num_classes=CLASSES)
+        return common.small_network(classes)
+    model: nn.Module = common.torchvision_module("models").resnet50(num_classes=classes)
     return model
 
 
@@ -69,6 +73,7 @@ def train(options: argparse.Namespace, process: common.Process) -> None:
     torch.manual_seed(options.seed)
 
     train_set, val_set = datasets(options)
+    classes = len(train_set.classes)  # type: ignore[attr-defined]
     share: DistributedSampler[Any] = DistributedSampler(
         train_set, process.world_size, process.rank, seed=options.seed, drop_last=True
     )
@@ -83,7 +88,7 @@ def train(options: argparse.Namespace, process: common.Process) -> None:
     )
     val_loader = common.evaluation_loader(val_set, 256, process, workers)
 
-    model = network(options).to(process.device)
+    model = network(options, classes).to(process.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     lr = options.lr * options.batch_size * process.world_size / 256  # the rate is for 256 rows
     optimizer = torch.optim.SGD(without_decay(model, 1e-4), lr, momentum=0.9, nesterov=True)
@@ -93,17 +98,15 @@ def train(options: argparse.Namespace, process: common.Process) -> None:
         optimizer, [LinearLR(optimizer, 0.01, 1.0, warmup), CosineAnnealingLR(optimizer, rest)], [warmup]
     )
     spectrum = TemperatureSpectrum.uniform(1.0, 8)
-    bank = CentroidBank(CLASSES, temperatures=spectrum, decay=options.decay, process_group=process.group)
+    bank = CentroidBank(classes, temperatures=spectrum, decay=options.decay, process_group=process.group)
     loss = CMIMLoss(temperatures=spectrum, centroids=bank).to(process.device)
-    training = common.Training.begin(process, model, loss, optimizer, schedule, options.precision)
-    if options.resume:
-        training.load(options.output)
+    training = common.Training.begin(process, model, loss, optimizer, schedule, options)
 
     last = min(options.epochs, training.epoch + (options.stop_after or options.epochs))
     while training.epoch < last:
         share.set_epoch(training.epoch)
         mean = training.one_epoch(loader, len(loader), options.cmi_weight, options.ramp_epochs * len(loader))
-        training.report(mean, *training.evaluate(val_loader, CLASSES))
+        training.report(mean, *training.evaluate(val_loader, classes))
         training.save(options.output)
 
 

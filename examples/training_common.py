@@ -113,6 +113,7 @@ class SyntheticImages(TensorDataset):
 
     def __init__(self, rows: int, classes: int, size: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
+        self.classes = [f"class {c}" for c in range(classes)]
         self.targets = [i % classes for i in range(rows)]
         super().__init__(torch.randn(rows, 3, size, size, generator=generator), torch.tensor(self.targets))
 
@@ -140,6 +141,7 @@ class Training:
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     precision: torch.dtype
+    seed: int
     epoch: int = 0
 
     @staticmethod
@@ -149,15 +151,19 @@ class Training:
         loss: CMIMLoss,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
-        precision: str,
+        options: argparse.Namespace,
     ) -> Training:
+        """With `options` of `parser`; takes over the last checkpoint where they say --resume."""
         if process.world_size > 1:
             devices = [process.device.index] if process.device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices)
-        dtype: torch.dtype = getattr(torch, precision)
+        dtype: torch.dtype = getattr(torch, options.precision)
         # Only float16's small exponents need the loss to be scaled.
         scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
-        return Training(process, model, loss, optimizer, schedule, scaler, dtype)
+        training = Training(process, model, loss, optimizer, schedule, scaler, dtype, options.seed)
+        if options.resume:
+            training.load(options.output)
+        return training
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision == torch.float32:
@@ -166,6 +172,8 @@ class Training:
 
     def one_epoch(self, loader: Iterable[Any], steps: int, cmi_weight: float, ramp_steps: float) -> float:
         """Trains for one epoch of `steps` steps; returns the mean loss of this process's batches."""
+        # Of augmentation and dropout: another one in every process and epoch, the same after a resumption.
+        torch.manual_seed((self.seed * 1_000_003 + self.epoch) * self.process.world_size + self.process.rank)
         self.model.train()
         self.loss.train()
         total = torch.zeros((), device=self.process.device)

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 pytest.importorskip("tqdm")
 
@@ -67,6 +69,69 @@ def test_two_processes_in_half_precision(recipe: str, tmp_path: Path) -> None:
     assert result.stdout.count("epoch 1: loss") == 1  # one process reports
     assert "nan" not in result.stdout
     assert (tmp_path / "last.pt").is_file()
+
+
+class Residual(nn.Module):
+    """As much of torchvision's ResNet as the recipes touch."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1:] == (3, 32, 32)
+        x = self.maxpool(self.conv1(x))
+        assert isinstance(self.maxpool, nn.MaxPool2d) or x.shape[2:] == (32, 32)  # the stem for small images
+        out: Tensor = self.fc(x.mean((2, 3)))
+        return out
+
+
+def torchvision(monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
+    """Stands in for torchvision: its names and signatures, small random images."""
+    common = importlib.import_module("training_common")
+
+    def images(root: Path, train: bool = True, transform: object = None, download: bool = False) -> object:
+        if not root.is_dir():
+            raise RuntimeError("Dataset not found or corrupted.")
+        return common.SyntheticImages(200 if train else 40, classes, 32, int(train))
+
+    def folder(root: Path, transform: object) -> object:
+        if not root.is_dir():
+            raise FileNotFoundError(f"Couldn't find any class folder in {root}.")
+        return images(root, train=root.name == "train")
+
+    makers = ("ToTensor", "Normalize", "RandomCrop", "RandomHorizontalFlip", "Compose")
+    makers += ("RandomResizedCrop", "Resize", "CenterCrop")
+    stand_in = {
+        "datasets": {"CIFAR100": images, "ImageFolder": folder},
+        "transforms": {name: lambda *a, **k: None for name in makers},
+        "models": {"resnet18": Residual, "resnet50": Residual},
+    }
+    for name, members in stand_in.items():
+        module = ModuleType(f"torchvision.{name}")
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, f"torchvision.{name}", module)
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+
+
+@pytest.mark.parametrize(("recipe", "classes"), [("train_cifar100", 100), ("train_imagenet", 7)])
+def test_as_on_the_real_data(
+    recipe: str, classes: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torchvision(monkeypatch, classes)
+    options = ["--epochs=1", "--batch-size=32", "--workers=0", f"--output={tmp_path}", f"--data={tmp_path}"]
+    if recipe == "train_imagenet":
+        with pytest.raises(SystemExit, match="must hold train and val"):
+            run(recipe, *options)
+        for name in ("train", "val"):
+            (tmp_path / name).mkdir()
+    assert "epoch 1: loss" in run(recipe, *options)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["model"]["fc.weight"].shape == (classes, 64)
+    with pytest.raises(SystemExit, match=r"--data .*nowhere"):
+        run(recipe, *options, f"--data={tmp_path / 'nowhere'}")
 
 
 def test_nothing_to_resume(run: Run, tmp_path: Path) -> None:
