@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 8 examples/train_imagenet.py --data DIR
     python examples/train_imagenet.py --synthetic
 
-DIR/train and DIR/val hold one folder of images per class; a part of ImageNet's classes will do. A batch of 256
-images has rarely two of one class among 1000, and a cluster of one row has no spread: the centroids are a
-moving average over the batches of all processes (`CentroidBank`, 32 MB). `--cmi-weight 0` is the cross-entropy
-baseline. The default weight is a starting point and has not been tuned on this data set.
+DIR/train and DIR/val hold one folder of images per class; a part of ImageNet's classes will do. A batch of
+256 images has rarely two of one class among 1000, and a cluster of one row has no spread: the centroids are a
+moving average over the batches of all processes (`CentroidBank`, 32 MB). `--cmi-weight 0` is the
+cross-entropy baseline. The default weight is a starting point and has not been tuned on this data set.
 """
 
 from __future__ import annotations

@@ -8,14 +8,16 @@ docs/undistillability.md has the table.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import digits_common as common
 import undistillable_digits as digits
+from matplotlib.figure import Figure
 from undistillable_digits import Recipe
 
 from cmim_kernels import TemperatureSpectrum
-from cmim_kernels.audit import audit
+from cmim_kernels.audit import AuditReport, audit
 from cmim_kernels.audit.render import align
 from cmim_kernels.audit.stats import Difference
 
@@ -55,11 +57,40 @@ def points(gain: Difference) -> str:
     return f"**{text}**" if gain.low > 0 else text
 
 
+def plot(measured: Mapping[str, digits.Curves], report: AuditReport, path: Path) -> None:
+    """A row per teacher: its largest CMI on the training images, and what the attacks gain."""
+    figure = Figure(figsize=(13, 0.8 + 0.34 * len(measured)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 3))
+    rows = range(len(measured))
+    left.semilogx([curves.train.max() for curves in measured.values()], rows, "o", color="#30323d")
+    left.set_xlabel("largest CMI on the training images (nats)")
+    left.set_yticks(rows, list(measured))
+    left.invert_yaxis()
+    for i, attack in enumerate(ATTACKS):
+        gains = [report.difference(name, attack) for name in measured]
+        right.errorbar(
+            [100 * gain.mean for gain in gains],
+            [row + 0.13 * (i - (len(ATTACKS) - 1) / 2) for row in rows],
+            xerr=[100 * (gain.high - gain.mean) if gain.n > 1 else 0.0 for gain in gains],
+            fmt="o",
+            markersize=3,
+            linewidth=1,
+            label=attack,
+        )
+    right.axvline(0, color="black", linewidth=0.8)
+    right.set_xlim(-8, 8)  # what lies beyond is in the table
+    right.set_xlabel("accuracy of knockoff students over the LS student (points), 95 % t-intervals")
+    right.legend(fontsize=8, loc="lower right")
+    for axes in (left, right):
+        axes.grid(True, color="0.9", linewidth=0.6)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--splits", type=int, default=12)
     parser.add_argument("--steps", type=int, default=600, help="training steps of a teacher")
     parser.add_argument("--out", type=Path, default=Path("out/ablations"))
     options = parser.parse_args()
@@ -78,15 +109,17 @@ def main() -> None:
         "| teacher | test accuracy, % | largest CMI, training | test | " + " | ".join(ATTACKS) + " |",
         "|---" * (4 + len(ATTACKS)) + "|",
     ]
-    for name, models in teachers.items():
-        curves = digits.curves(models)
+    measured = {name: digits.curves(models) for name, models in teachers.items()}
+    for name, curves in measured.items():
         gains = " | ".join(points(report.difference(name, attack)) for attack in ATTACKS)
         peaks = f"{curves.train.max():.1e} | {curves.test.max():.1e}"
         lines.append(f"| {name} | {digits.accuracy_cell(curves)} | {peaks} | {gains} |")
     text = "\n".join(lines)
     (options.out / "ablations.md").write_text(text + "\n")
+    plot(measured, report, options.out / "ablations.png")
     print("\n" + align(text))
     print(f"\nreport: {options.out.resolve() / 'ablations.md'}")
+    print(f"plot: {options.out.resolve() / 'ablations.png'}")
 
 
 if __name__ == "__main__":
