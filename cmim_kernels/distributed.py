@@ -20,10 +20,15 @@ def gather_batch(
     """The batches of all W ranks of `group`: logits (W n, C), target (W n,), n = the largest row count.
 
     They lie in the order of the ranks. Shorter batches are filled up with rows to ignore. Gradients reach
-    this rank's own rows only, W times as
-    large: DistributedDataParallel averages over the ranks, where the global loss needs the sum of every
-    rank's share. Every rank has to call this, with the same C and dtype; exchanging the row counts makes the
-    host wait for the device.
+    this rank's own rows only, W times as large: DistributedDataParallel averages over the ranks, where the
+    global loss needs the sum of every rank's share. Every rank has to call this, with the same C and dtype;
+    exchanging the row counts makes the host wait for the device.
+
+    Args:
+        logits: (n, C) of this rank, floating point; ranks may differ in n.
+        target: (n,) int64.
+        ignore_index: the target of the rows that fill up.
+        group: the ranks that share the batch.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or this process is not in `group`.

@@ -15,8 +15,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
     Classes and, within each class, its rows are dealt from shuffled decks: none comes again before all others
     had their turn, and the classes of one batch are distinct. A class with fewer rows than
     `samples_per_class` is dealt with repetitions. Several ranks share the decks: their batches are disjoint
-    as far as the decks allow. Epochs are
-    reproducible: `set_epoch(e)` and the seed decide everything.
+    as far as the decks allow. Epochs are reproducible: `set_epoch(e)` and the seed decide everything.
 
     Args:
         labels: (number of rows,) class of every row, integers; classes are the distinct values.
