@@ -18,7 +18,7 @@ from undistillable_digits import Recipe
 
 from cmim_kernels import TemperatureSpectrum
 from cmim_kernels.audit import AuditReport, audit
-from cmim_kernels.audit.render import align
+from cmim_kernels.audit.render import for_terminal
 from cmim_kernels.audit.stats import Difference
 
 WEIGHT = common.CMI_WEIGHT
@@ -117,7 +117,7 @@ def main() -> None:
     text = "\n".join(lines)
     (options.out / "ablations.md").write_text(text + "\n")
     plot(measured, report, options.out / "ablations.png")
-    print("\n" + align(text))
+    print("\n" + for_terminal(text))
     print(f"\nreport: {options.out.resolve() / 'ablations.md'}")
     print(f"plot: {options.out.resolve() / 'ablations.png'}")
 

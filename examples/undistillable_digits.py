@@ -38,7 +38,7 @@ from cmim_kernels.audit import (
     to_markdown,
     tune_training,
 )
-from cmim_kernels.audit.render import align
+from cmim_kernels.audit.render import for_terminal
 from cmim_kernels.metrics import StreamingCMI
 
 LABELLED = 100  # images of the attacker, as many of each digit
@@ -283,7 +283,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     text = teacher_table(measured) + "\n\n" + to_markdown(report).replace("# Audit", "## Audit", 1)
     (options.out / "undistillable.md").write_text(text)
     plot(measured, report, options.out / "undistillable.png")
-    print("\n" + align(text.split("\n## Papers")[0]))
+    print("\n" + for_terminal(text.split("\n## Papers")[0]))
     print(CAVEATS)
     print(f"\nreport: {options.out.resolve() / 'undistillable.md'}")
     print(f"plot: {options.out.resolve() / 'undistillable.png'}")

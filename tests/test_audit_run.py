@@ -24,7 +24,7 @@ from cmim_kernels.audit import (
 )
 from cmim_kernels.audit.attacks import cross_entropy
 from cmim_kernels.audit.data import LABELS_ONLY
-from cmim_kernels.audit.render import align, to_text
+from cmim_kernels.audit.render import for_terminal, to_text
 
 
 def test_every_attack_runs_and_the_report_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,13 +153,21 @@ def test_diverged_students_are_reported_as_such(tmp_path: Path) -> None:
 
 
 def test_text_for_a_terminal() -> None:
-    text = align("before\n| a | bb |\n|---|---|\n| **long** | 1 |\nafter")
-    assert text.split("\n") == ["before", "a     bb", "----  --", "long  1", "after"]
+    text = for_terminal("**bold**\n| a | bb |\n|---|---|\n| **long** | 1 |\n- an **item** folded", width=12)
+    assert text.split("\n") == [
+        "starred",
+        "a       bb",
+        "------  --",
+        "long *  1",
+        "- an item",
+        "  folded",
+    ]
     report = audit(data(), STUDENT, attacks=["kd-t4"], seeds=2, training=FAST, progress=False)
     assert "kd-t4   " in to_text(report)
     assert "25 steps of AdamW" in to_text(report)
     assert "|" not in to_text(report)
     assert "arXiv" not in to_text(report)
+    assert max(map(len, to_text(report).split("\n"))) <= 100
 
 
 @pytest.mark.parametrize("count", [1, 9])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,18 +84,20 @@ def to_markdown(report: AuditReport) -> str:
 
 
 def to_text(report: AuditReport) -> str:
-    """The report for a terminal: without the list of papers, columns aligned."""
-    return align(to_markdown(report).split("\n## Papers")[0])
+    """The report for a terminal: without the list of papers, see `for_terminal`."""
+    return for_terminal(to_markdown(report).split("\n## Papers")[0])
 
 
-def align(markdown: str) -> str:
-    """Pads the cells of Markdown tables, and drops their bold type."""
+def for_terminal(markdown: str, width: int = 100) -> str:
+    """Aligns the columns of Markdown tables, folds long lines, and puts a star where type was bold."""
     lines: list[str] = []
     table: list[list[str]] = []
-    for line in [*markdown.split("\n"), ""]:
+    for line in [*markdown.replace("**bold**", "starred").split("\n"), ""]:
         if line.startswith("|"):
-            cells = [cell.strip().replace("**", "") for cell in line.strip("|").split("|")]
-            table.append(["" if cell == "---" else cell for cell in cells])
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            table.append(
+                ["" if c == "---" else f"{c.strip('*')} *" if c.startswith("**") else c for c in cells]
+            )
             continue
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:
@@ -102,7 +105,8 @@ def align(markdown: str) -> str:
             padded = ("-" * w if ruled else c.ljust(w) for c, w in zip(row, widths, strict=True))
             lines.append("  ".join(padded).rstrip())
         table = []
-        lines.append(line)
+        indent = "  " if line.startswith("- ") else ""
+        lines += textwrap.wrap(line.replace("**", ""), width, subsequent_indent=indent) or [""]
     return "\n".join(lines[:-1])
 
 
