@@ -107,7 +107,7 @@ def test_command_line(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture
     ]
     assert main([str(file), *options]) == 0
     out = capsys.readouterr().out
-    assert "**teacher**:" in out
+    assert "- teacher: " in out
     report = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert set(report["results"]) == {"kd-t4"}
     assert main([str(file), *options, "--lr", "0.5"]) == 2
