@@ -59,13 +59,13 @@ def points(gain: Difference) -> str:
 
 def plot(measured: Mapping[str, digits.Curves], report: AuditReport, path: Path) -> None:
     """A row per teacher: its largest CMI on the training images, and what the attacks gain."""
-    figure = Figure(figsize=(13, 0.8 + 0.34 * len(measured)), layout="constrained")
+    figure = Figure(figsize=(12, 0.8 + 0.3 * len(measured)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 3))
     rows = range(len(measured))
     left.semilogx([curves.train.max() for curves in measured.values()], rows, "o", color="#30323d")
     left.set_xlabel("largest CMI on the training images (nats)")
     left.set_yticks(rows, list(measured))
-    left.invert_yaxis()
+    left.set_ylim(len(measured) - 0.5, -0.5)
     for i, attack in enumerate(ATTACKS):
         gains = [report.difference(name, attack) for name in measured]
         right.errorbar(

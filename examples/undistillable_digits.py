@@ -243,9 +243,14 @@ def main(arguments: Iterable[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--splits", type=int, default=5, help="data splits, each with its own teachers (default 5)"
+        "--splits", type=int, default=8, help="data splits, each with its own teachers (default 8)"
     )
-    parser.add_argument("--steps", type=int, default=400, help="training steps of a teacher (default 400)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=common.STEPS,
+        help=f"training steps of a teacher (default {common.STEPS})",
+    )
     parser.add_argument("--student-steps", type=int, default=STUDENT_TRAINING.steps, help="of a student")
     parser.add_argument(
         "--attacks", nargs="+", default=FEW_ATTACKS, help="names, or all (default: the main ones)"

@@ -60,7 +60,10 @@ WORSE = [0.85, 0.88, 0.87, 0.88, 0.89, 0.87]
 
 
 def test_verdicts() -> None:
-    assert made_report(a=BETTER, b=WORSE).verdict("t").startswith("distillable: 1 of 2 attacks beat")
+    assert made_report(a=BETTER, b=WORSE).verdict("t") == (
+        "distillable: 1 of 2 attacks beat the LS student, 1 for certain "
+        "(worst: a, +5.0 ± 0.3 points [+4.3, +5.7])"
+    )
     assert made_report(a=WORSE, b=WORSE).verdict("t").startswith("undistillable by these 2 attacks")
     assert made_report(a=WORSE, leak=BETTER).verdict("t").startswith("undistillable by these 1 attacks")
     slightly = [0.901, 0.912, 0.892, 0.900, 0.922, 0.902]  # above zero, but not after 20 attempts

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+from cmim_kernels.audit import StudentTraining
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -77,6 +80,29 @@ def test_every_ablation_trains(digits: ModuleType) -> None:
     for recipe in importlib.import_module("undistillable_ablations").VARIANTS.values():
         model = recipe.train(data, 0, 2)
         assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_ablations_tabulate_and_plot(
+    digits: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablations = importlib.import_module("undistillable_ablations")
+
+    def train(recipes: dict[str, Any], splits: int, steps: int) -> dict[str, list[Any]]:
+        """In this process."""
+        data = [digits.common.load_digits(seed) for seed in range(splits)]
+        return {name: [recipe.train(d, 0, steps) for d in data] for name, recipe in recipes.items()}
+
+    few = {name: ablations.VARIANTS[name] for name in ("weight 1", "bank, re-estimated")}
+    monkeypatch.setattr(ablations, "VARIANTS", few)
+    monkeypatch.setattr(digits, "train_teachers", train)
+    monkeypatch.setattr(digits, "STUDENT_TRAINING", StudentTraining(steps=2))
+    monkeypatch.setattr(sys, "argv", ["ablations", "--splits=2", "--steps=1", f"--out={tmp_path}"])
+    ablations.main()
+    table = (tmp_path / "ablations.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in table[2:]] == ["| weight 1", "| bank, re-estimated"]
+    assert all(row.count("|") == table[0].count("|") == 10 for row in table)
+    assert (tmp_path / "ablations.png").read_bytes().startswith(b"\x89PNG")
+    assert "bank, re-estimated  " in capsys.readouterr().out
 
 
 def test_refuses_nonsense(digits: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,14 +92,17 @@ class AuditReport:
         ]
 
     def verdict(self, teacher: str) -> str:
-        """One sentence: distillable or not by the attacks tried, and by how much at worst."""
+        """One sentence: distillable or not by the attacks tried; and the mean difference, standard error and
+        95 % interval of the worst of them.
+        """
         worst = self.worst(teacher)
         if worst is None or len(self.seeds) < 2:
             return "undecided: needs at least one attack and two seeds"
         tried, beaten = len(self.deciding()), self.beaten_by(teacher)
         certain = len(self.certainly_beaten_by(teacher))
         d = self.difference(teacher, worst)
-        at_worst = f"worst: {worst}, {100 * d.mean:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+        mean, error, low, high = (100 * share for share in (d.mean, d.standard_error, d.low, d.high))
+        at_worst = f"worst: {worst}, {mean:+.1f} ± {error:.1f} points [{low:+.1f}, {high:+.1f}]"
         if certain:
             return (
                 f"distillable: {len(beaten)} of {tried} attacks beat the LS student, {certain} for certain "
