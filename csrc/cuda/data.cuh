@@ -57,6 +57,21 @@ struct alignas(sizeof(S) * kVector > 16 ? 16 : sizeof(S) * kVector) Vector {
   S at[kVector];
 };
 
+template <class S, class A>
+__device__ inline void widen(const Vector<S>& v, Storage, A (&z)[kVector]) {
+#pragma unroll
+  for (int u = 0; u < kVector; ++u) z[u] = v.at[u];
+}
+__device__ inline void widen(const Vector<Narrow>& v, Storage s, float (&z)[kVector]) {
+  if (s == Storage::bf16) {
+#pragma unroll
+    for (int u = 0; u < kVector; ++u) z[u] = bf16_to_float(v.at[u].bits);
+  } else {
+#pragma unroll
+    for (int u = 0; u < kVector; ++u) z[u] = f16_to_float(v.at[u].bits);
+  }
+}
+
 // kVector numbers at a 16-byte boundary
 template <class A>
 __device__ inline void load_four(const A* from, A (&v)[kVector]) {
@@ -85,13 +100,12 @@ struct Row {
 template <class S, class A>
 __device__ inline void load_vector(const Row<S>& row, int j, Storage storage, A (&z)[kVector]) {
   if (row.vector && j + kVector <= row.width) {
-    const Vector<S> v = *reinterpret_cast<const Vector<S>*>(row.data + j);
-#pragma unroll
-    for (int u = 0; u < kVector; ++u) z[u] = widen(v.at[u], storage);
+    widen(*reinterpret_cast<const Vector<S>*>(row.data + j), storage, z);
   } else {
+    const S* at = row.data + j * row.stride;
 #pragma unroll
-    for (int u = 0; u < kVector; ++u)
-      z[u] = j + u < row.width ? widen(row.data[int64_t(j + u) * row.stride], storage) : -infinity<A>();
+    for (int u = 0; u < kVector; ++u, at += row.stride)
+      z[u] = j + u < row.width ? widen(*at, storage) : -infinity<A>();
   }
 }
 

@@ -2,9 +2,9 @@
 //
 //   dL/dz_ij = sum_k c_ik exp(a_k x_ij) (t_kij - KL_ik)  +  the cross entropy's
 //
-// with c_ik = upstream * weight * a_k / sum. Written as polynomials in exp(unit x_ij), whose
-// coefficients are linear in x_ij, that is three fused multiply-adds for each temperature; in a class with
-// centred temperatures they are linear in x_ij and d_ij, and four.
+// with c_ik = upstream * weight * a_k / sum. Where the temperatures are powers of one, written as polynomials
+// in exp(unit x_ij), whose coefficients are linear in x_ij, that is three fused multiply-adds for each
+// temperature; in a class with centred temperatures they are linear in x_ij and d_ij, and four.
 //
 // Where every row has an upstream gradient g_i of its own (reduction "none"), t - KL becomes h - sum_m P_m
 // h_m with h_j = g_i t_j - rho_j and rho_j = sum_m g_m P_mj / (n Q_j). A constant added to rho changes
@@ -34,7 +34,7 @@ __device__ inline A cross_entropy_scale(const Problem<A>& q, const Saved<A>& s, 
 template <class A>
 struct Coefficients {
   A* parts;                             // (rows, padded, 4) the table, x unit, d and 1
-  A* of_rho;                            // (rows, padded)
+  A* each;                              // (rows, padded) upstream of the temperature * a / sum
   A *ce_scale, *ce_target, *ce_smooth;  // (kBatch)
   int rows;
 };
@@ -47,7 +47,7 @@ __device__ inline Coefficients<typename T::A> coefficients(const Block<T>& b) {
   const int room = Sizes<A>::constants / int(sizeof(A)) - 3 * kBatch;
   c.rows = room / (5 * b.q.padded) < kBatch ? room / (5 * b.q.padded) : kBatch;
   c.parts = b.constants();
-  c.of_rho = c.parts + 4 * c.rows * b.q.padded;
+  c.each = c.parts + 4 * c.rows * b.q.padded;
   c.ce_scale = b.constants() + room, c.ce_target = c.ce_scale + kBatch, c.ce_smooth = c.ce_target + kBatch;
   return c;
 }
@@ -82,22 +82,23 @@ __device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>
         A parts[4] = {};
         if (k >= q.temperatures) {  // nothing was computed there
           store_four(c.parts + 4 * at, parts);
-          c.of_rho[at] = 0;
+          c.each[at] = 0;
           return;
         }
         const A row_sum = b.saved.sum[from], divergence = b.saved.divergence[from];
         const A g = q.reduction == kNone ? w.grad[b.saved.row[b.first + row] * w.grad_stride] : A(1);
         const A dot = q.reduction == kNone && !q.centroids ? w.dots[from] : A(0);
         const A each = divergence_scale(q, b.saved, w, k) * q.a[k] / row_sum;
-        const A scale = each * g;
+        // Powers of one exponential share their multiplication; else it comes last, where t - KL is exact
+        const A factor = T::kChain ? each : A(1), scale = factor * g;
         const bool centred = kMixed && (b.centred >> k & 1);
         const A level = centred ? b.saved.growth[from] : q.centroids ? log_positive(row_sum) : A(0);
         parts[kOfTable] = -scale;
         parts[kOfX] = centred ? A(0) : scale * q.multiple[k];
         parts[kOfD] = centred ? scale * q.a[k] : A(0);
-        parts[kConstant] = each * dot - scale * (level + divergence);
+        parts[kConstant] = factor * dot - scale * (level + divergence);
         store_four(c.parts + 4 * at, parts);
-        c.of_rho[at] = -each;
+        c.each[at] = each;
       });
 }
 
@@ -162,11 +163,13 @@ __device__ inline void add_divergences(const Problem<typename T::A>& q, const Co
       for (int u = 0; u < kVector; ++u) {
         A value = fma(parts[kOfTable], log_ratio[u], fma(parts[kOfX], y[u], parts[kConstant]));
         if (kMixed) value = fma(parts[kOfD], d[u], value);
-        if (with_rho) value = fma(c.of_rho[at], table[(q.padded + k) * columns + u], value);
-        if constexpr (T::kChain)
+        if constexpr (T::kChain) {
+          if (with_rho) value = fma(-c.each[at], table[(q.padded + k) * columns + u], value);
           sum[u] = fma(sum[u], base[u], value);
-        else
-          g[u] = fma(exp_nonpositive(product(q.a[k], x[u])), value, g[u]);
+        } else {
+          if (with_rho) value -= table[(q.padded + k) * columns + u];
+          g[u] = fma(exp_nonpositive(product(q.a[k], x[u])) * c.each[at], value, g[u]);
+        }
       }
     }
     if constexpr (T::kChain)

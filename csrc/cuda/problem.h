@@ -123,7 +123,7 @@ struct Forward {
   int64_t* counts;  // (C), zero
 };
 
-enum Found { kClasses, kBadLabels, kCollapsedClasses, kFounds };
+enum Found { kBadLabels, kClasses, kCollapsedClasses, kFounds };
 enum ClassSum { kClassCe, kClassWeight, kClassCount, kClassPresent, kClassSums };
 
 // What the backward kernels read and write.

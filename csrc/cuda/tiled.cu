@@ -153,8 +153,8 @@ template <class T, class Wanted, class F>
 __device__ void for_each_item(Block<T>& b, const Forward<typename T::A>& f, Wanted wanted, F call) {
   const int classes = f.found[kClasses], parts = parts_of_each(f.items, classes, f.parts);
 #pragma unroll 1
-  for (int64_t item = blockIdx.x; item < int64_t(classes) * parts; item += gridDim.x) {
-    const int slot = int(item / parts), part = int(item % parts);
+  for (int item = blockIdx.x; item < classes * parts; item += gridDim.x) {  // < 2^31: see parts_of_each()
+    const int slot = item / parts, part = item - slot * parts;
     recall_class(b, slot);
     if (!wanted()) continue;
     const Share share = share_of(b, part, parts);

@@ -1,0 +1,75 @@
+"""The suites that every backend passes, on both kinds of CUDA forward kernels in the emulator."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+
+import pytest
+from conftest import ALL, Place
+from cuda_emulated import FUSED, TILED, emulated, settings
+from test_budget import (  # noqa: F401
+    test_double_precision_agrees_with_the_reference,
+    test_every_option,
+    test_loss_in_every_regime,
+    test_spectrum_in_every_regime,
+)
+from test_collapse import (  # noqa: F401
+    test_cmi_and_its_gradient,
+    test_gradient_of_every_temperature,
+    test_half_precision_logits_lose_only_their_own_rounding,
+    test_rows_with_their_own_upstream_gradient,
+)
+from test_cross_entropy import (  # noqa: F401
+    test_a_masked_target_costs_infinity,
+    test_equals_cross_entropy,
+    test_other_dtypes,
+    test_weights_of_the_terms_add_up,
+)
+from test_degenerate import (  # noqa: F401
+    test_absent_classes_have_zero_centroids,
+    test_clusters_of_one_row_cost_nothing,
+    test_extreme_logits,
+    test_given_centroids_make_single_rows_count,
+    test_large_labels_to_ignore,
+    test_masked_classes,
+    test_no_number_gives_no_number,
+    test_no_number_in_an_ignored_row_is_not_seen,
+    test_no_row_is_kept,
+    test_one_class,
+    test_the_batchs_own_centroids_given_back_change_nothing,
+    test_unnormalised_centroids_get_the_generalised_divergence,
+    test_zero_centroid_of_a_masked_class,
+)
+from test_determinism import (  # noqa: F401
+    test_permuting_classes_permutes_the_gradient,
+    test_permuting_rows_permutes_the_gradient,
+    test_splitting_off_other_classes_changes_nothing,
+)
+from test_gradients import (  # noqa: F401
+    test_gradcheck,
+    test_gradcheck_of_the_spectrum,
+    test_gradient_penalty,
+    test_second_derivatives,
+)
+from test_module import test_same_as_the_function  # noqa: F401
+from test_untouched import (  # noqa: F401
+    TestTheGradientHasOneOwner,
+    test_expanded_inputs,
+    test_half_precision_gradients_are_scaled_before_they_are_rounded,
+    test_inputs_stay_byte_identical,
+    test_strides_change_nothing,
+)
+
+from cmim_kernels import dispatch
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="the emulator switches between threads in x86-64 machine code"
+)
+
+
+@pytest.fixture(params=[FUSED, TILED], ids=["fused", "tiled"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    monkeypatch.setitem(dispatch._modules, "cuda", emulated())
+    with settings(request.param, processors=5):
+        yield Place("cuda", "cpu", ALL)
