@@ -53,9 +53,8 @@ def check_together(calls: list[tuple[Tensor, Arguments, Tensor | None]]) -> None
         for out, truth in zip(outs, truths, strict=True):
             testing.assert_collapse_accuracy(*out, *truth)
         return
-    value, true_value, base_value = (
-        torch.cat([r[0].flatten() for r in part]) for part in (outs, truths, bases)
-    )
+    results = (outs, truths, bases)
+    value, true_value, base_value = (torch.cat([v.flatten() for v, _ in part]) for part in results)
     slack = torch.finfo(value.dtype).eps * true_value.abs().max()
     assert (value.double() - true_value).abs().max() <= 2 * (base_value - true_value).abs().max() + slack
     gradients = (torch.cat([gradient for _, gradient in part]) for part in results)

@@ -78,7 +78,7 @@ CMIM_HD double product(double x, double y) {
 // exp(x) of x <= 0 to within 1 ulp; 0 below the smallest normal number. Not for NaN, which becomes 0.
 //
 // The hardware's ex2.approx errs by up to 2 ulp (CUDA C++ Programming Guide, exp2f), which the eighth power
-// of it would turn into 16: too much for the bound on the CMI of each temperature. docs/performance_cuda.md
+// of it would turn into 16: too much for the bound on the CMI of each temperature. docs/performance_gpu.md
 // counts what the polynomial costs.
 CMIM_HD float exp_nonpositive(float x) {
   x = x > -88.0f ? x : -88.0f;
@@ -146,9 +146,11 @@ CMIM_HD double exp_of(double x) {
 }
 
 // psi(t) = t e^t - e^t + 1 = sum_{m >= 2} t^m (m - 1) / m!, the summand of the generalised KL divergence over
-// Q: never negative, and to a relative 1e-6 (1e-12 in double) also where its three terms cancel.
+// Q: never negative, and to a relative 3e-6 + |t| 1e-7 (1e-13 + |t| 2e-16 in double) also where its three
+// terms cancel.
 //
-// The float exponential is the hardware's, exact to 2 ulp (CUDA C++ Programming Guide, exp2f): 1e-6 of psi.
+// The float exponential is the hardware's, exact to 2 ulp (CUDA C++ Programming Guide, exp2f): 2e-6 of psi at
+// most, at t = -1/2. On the host it is off by as much.
 CMIM_HD float psi(float t) {
 #if defined(__CUDA_ARCH__)
   float e;

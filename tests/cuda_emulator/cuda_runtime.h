@@ -1,12 +1,12 @@
-// Stands in for CUDA's header of that name, so that the kernels of csrc/cuda compile for the host and run there
-// as they are: every thread of a block is a fiber, which runs until it waits for others at a barrier or an
-// exchange between lanes. One host thread runs them all, so results do not depend on timing; the order in
+// Stands in for CUDA's header of that name, so that the kernels of csrc/cuda compile for the host and run
+// there as they are: every thread of a block is a fiber, which runs until it waits for others at a barrier or
+// an exchange between lanes. One host thread runs them all, so results do not depend on timing; the order in
 // which waiting fibers are resumed is the caller's choice, and a result that depends on it shows a race.
 //
 // What it shows besides: barriers and exchanges that not every thread reaches (an error), shared memory that
 // is read before it is written (it is filled with NaN), shared memory beyond what was asked for (a guard page
-// on either side), and, compiled with -fsanitize=alignment, vectors that are not aligned. What it cannot show:
-// speed, and memory ordering between blocks, which run one after the other.
+// on either side), and, compiled with -fsanitize=alignment, vectors that are not aligned. What it cannot
+// show: speed, and memory ordering between blocks, which run one after the other.
 #pragma once
 
 #include <cmath>
@@ -47,7 +47,9 @@ V __shfl_xor_sync(unsigned, V v, int distance) {
   return v;
 }
 
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popc(unsigned x) {
+  return __builtin_popcount(x);
+}
 inline void __threadfence() {}
 inline void __threadfence_system() {}
 template <class V>
@@ -105,7 +107,8 @@ cudaError_t cudaGetSymbolAddress(void** p, V& symbol) {
 }
 
 // Runs body(argument) once in every thread of every block.
-cudaError_t emulated_launch(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* argument);
+cudaError_t emulated_launch(const cudaLaunchConfig_t& config, void (*body)(const void*),
+                            const void* argument);
 template <class P>
 struct EmulatedCall {
   void (*kernel)(P);

@@ -76,7 +76,7 @@ emulator_switch:
 .size emulator_switch,.-emulator_switch
 )");
 #else
-#error "the emulator's context switch is written for x86-64"
+  #error "the emulator's context switch is written for x86-64"
 #endif
 
 void run_fiber() {
@@ -207,7 +207,8 @@ unsigned __ballot_sync(unsigned, bool vote) {
   return votes;
 }
 
-cudaError_t emulated_launch(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* argument) {
+cudaError_t emulated_launch(const cudaLaunchConfig_t& config, void (*body)(const void*),
+                            const void* argument) {
   ++g_launches;
   const unsigned blocks = config.gridDim.x, threads = config.blockDim.x;
   const size_t bytes = config.dynamicSmemBytes;
@@ -303,7 +304,8 @@ int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 }
 
 // For the tests
-__attribute__((visibility("default"))) void emulator_set(int order, int processors, int shared_kb, int capturing) {
+__attribute__((visibility("default"))) void emulator_set(int order, int processors, int shared_kb,
+                                                         int capturing) {
   g_order = order, g_processors = processors, g_shared_kb = shared_kb, g_capturing = capturing != 0;
 }
 __attribute__((visibility("default"))) uint64_t emulator_launches() {
