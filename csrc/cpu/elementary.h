@@ -1,6 +1,6 @@
 // exp and log of a vector, accurate to about one unit in the last place over the range the kernel needs.
 // The polynomials were fitted for this file by Lawson iteration (float) or are truncated Taylor series
-// (double); their relative errors: exp 3e-9 / 4e-18, log 6e-9 / 1e-17.
+// (double); their relative errors: exp 3e-9 / 4e-18, log 9e-9 / 1e-17.
 #pragma once
 
 #include "simd.h"
@@ -8,7 +8,28 @@
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
-// exp(x) for x <= 0 (a little above is fine); exactly 0 below the smallest normal number; NaN for NaN.
+#if defined(__AVX512F__)
+// The masked forms of instructions, with every lane wanted: gcc 12 warns of its own headers in the others.
+constexpr __mmask16 kAll = 0xffff;
+#endif
+
+// exp(x) for -1e6 <= x <= 0 (a little above is fine), and for -inf; exactly 0 below the smallest normal
+// number; NaN for NaN.
+#if defined(__AVX512F__)
+CMIM_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+  const Vec<float> n = _mm512_maskz_roundscale_ps(kAll, x * 0x1.715476p0f, _MM_FROUND_TO_NEAREST_INT);
+  // Log 2 rounded to a float makes this the exponential of 1.000000003 x, for every x alike.
+  const Vec<float> r = x - n * 0x1.62e430p-1f;
+  Vec<float> p = r * 0x1.6db4e6p-10f + 0x1.123be0p-7f;
+  p = p * r + 0x1.55545ep-5f;
+  p = p * r + 0x1.55548ep-3f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // what would be subnormal is flushed, as the kernel has the processor do
+  return _mm512_maskz_scalef_ps(kAll, p, n);
+}
+#else
 CMIM_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   const float magic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the mantissa
   const Vec<float> shifted = x * 0x1.715476p0f + magic;
@@ -23,6 +44,7 @@ CMIM_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   const Vec<float> y = bits<Vec<float>>(bits<Unsigned<float>>(p) + (bits<Unsigned<float>>(shifted) << 23));
   return x < -87.0f ? Vec<float>{} : y;
 }
+#endif
 CMIM_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   const double magic = 0x1.8p52;
   const Vec<double> shifted = x * 0x1.71547652b82fep0 + magic;
@@ -40,7 +62,68 @@ CMIM_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   return x < -708.0 ? Vec<double>{} : y;
 }
 
-// log(x) for normal x > 0; NaN for NaN; a finite number of no meaning for zero and subnormal x.
+// log(x) for normal x > 0; NaN for NaN; of no meaning for zero and subnormal x.
+#if defined(__AVX512F__)
+// x = 2^e m with 3/4 <= m < 3/2, and five bits of it choose c near 1/m: log x = e log 2 - log c + log1p(m c -
+// 1). The c were searched for numbers whose logarithm is a float to 1e-11; those on both sides of m = 1 are
+// 1, so that the error is relative there too.
+alignas(64) constexpr float kNearInverse[32] = {
+    // of the mantissa, which is 2 m from the sixteenth on
+    0x1p0f,         0x1.e9108ap-1f, 0x1.dae26cp-1f, 0x1.cd9256p-1f, 0x1.c0f664p-1f, 0x1.b4f388p-1f,
+    0x1.a9885ep-1f, 0x1.9ec00ap-1f, 0x1.94a16p-1f,  0x1.8ad852p-1f, 0x1.8193acp-1f, 0x1.78a7f4p-1f,
+    0x1.702518p-1f, 0x1.680344p-1f, 0x1.6062bep-1f, 0x1.58fe2p-1f,  0x1.51e5bap-1f, 0x1.4b0196p-1f,
+    0x1.445d44p-1f, 0x1.3e2198p-1f, 0x1.38289ep-1f, 0x1.3242a8p-1f, 0x1.2cb5a4p-1f, 0x1.27364ap-1f,
+    0x1.220812p-1f, 0x1.1ce7d8p-1f, 0x1.181988p-1f, 0x1.135bb2p-1f, 0x1.0eb8cep-1f, 0x1.0a5ffep-1f,
+    0x1.062a52p-1f, 0x1p-1f,
+};
+alignas(64) constexpr float kMinusLog[32] = {
+    0.0f,
+    0x1.777088p-5f,
+    0x1.343c96p-4f,
+    0x1.a8b41ap-4f,
+    0x1.0d13c2p-3f,
+    0x1.449d2ap-3f,
+    0x1.7ad84cp-3f,
+    0x1.af6864p-3f,
+    0x1.e1ff84p-3f,
+    0x1.0a113ap-2f,
+    0x1.2263ep-2f,
+    0x1.3a5c26p-2f,
+    0x1.51c3aep-2f,
+    0x1.68a33ap-2f,
+    0x1.7e908cp-2f,
+    0x1.9446d4p-2f,
+    -0x1.1c39fp-2f,
+    -0x1.07206ep-2f,
+    -0x1.e4bdaap-3f,
+    -0x1.bd00b6p-3f,
+    -0x1.963036p-3f,
+    -0x1.6f1eecp-3f,
+    -0x1.49a94p-3f,
+    -0x1.23dfb4p-3f,
+    -0x1.ff3b0ep-4f,
+    -0x1.b63148p-4f,
+    -0x1.708294p-4f,
+    -0x1.2a9442p-4f,
+    -0x1.ca0d78p-5f,
+    -0x1.4572acp-5f,
+    -0x1.85e754p-6f,
+    0.0f,
+};
+CMIM_INLINE Vec<float> log_positive(Vec<float> x) {
+  const __m512i bin = _mm512_maskz_srli_epi32(kAll, bits<__m512i>(x), 18);  // the lowest five bits count
+  const Vec<float> c =
+      _mm512_permutex2var_ps(load<Vec<float>>(kNearInverse), bin, load<Vec<float>>(kNearInverse + 16));
+  const Vec<float> l =
+      _mm512_permutex2var_ps(load<Vec<float>>(kMinusLog), bin, load<Vec<float>>(kMinusLog + 16));
+  const Vec<float> mantissa = _mm512_maskz_getmant_ps(kAll, x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  const Vec<float> e = _mm512_maskz_getexp_ps(kAll, x * 0x1.555556p0f);  // 4/3 rounded up
+  const Vec<float> r = mantissa * c - 1.0f;                              // in [-1/64, 1/32]
+  Vec<float> p = r * -0x1.f3ac00p-3f + 0x1.555dfcp-2f;
+  p = p * r - 0x1.000028p-1f;
+  return e * 0x1.62e430p-1f + (l + (p * (r * r) + r));
+}
+#else
 CMIM_INLINE Vec<float> log_positive(Vec<float> x) {
   const Int<float> ix = bits<Int<float>>(bits<Unsigned<float>>(x) - 0x3f3504f3u);  // 1/sqrt(2)
   const Int<float> exponent = ix >> 23;
@@ -57,6 +140,7 @@ CMIM_INLINE Vec<float> log_positive(Vec<float> x) {
   const Vec<float> low = p * (f2 * f) + n * 0x1.7f7d1cp-20f - 0.5f * f2;
   return (low + f) + n * 0x1.62e4p-1f + 0.0f * x;  // the last term carries a NaN through
 }
+#endif
 CMIM_INLINE Vec<double> log_positive(Vec<double> x) {
   const int64_t half_root = 0x3fe6a09e667f3bcd;
   const Int<double> ix = bits<Int<double>>(bits<Unsigned<double>>(x) - uint64_t(half_root));

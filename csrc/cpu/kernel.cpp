@@ -83,13 +83,14 @@ void centroid(const Job& job, const Cluster& cl, void* out, Workspace& ws) {
   for (int k = 0; k < job.temperatures; ++k) {
     for (int64_t j = 0; j < Cp; ++j) sum[j] = 0;
     for (int64_t i = 0; i < cl.count; ++i) {
-      const double top = load_row(job, cl.rows[i], x);
+      const double* const z = row_values(job, cl.rows[i], x);
+      const double top = largest(z, C);
       double total = 0;
-      for (int64_t j = 0; j < Cp; j += W) {
-        const Vec<double> v = exp_nonpositive(job.a[k] * (load<Vec<double>>(x + j) - top));
+      each_vector(z, C, [&](int64_t j, Vec<double> logits) CMIM_INLINE_LAMBDA {
+        const Vec<double> v = exp_nonpositive(job.a[k] * (logits - top));
         store(e + j, v);
         total += sum_lanes<double>(v);
-      }
+      });
       const double scale = 1 / (total * double(cl.count));
       for (int64_t j = 0; j < Cp; j += W)
         store(sum + j, load<Vec<double>>(sum + j) + scale * load<Vec<double>>(e + j));

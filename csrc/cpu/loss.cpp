@@ -142,7 +142,7 @@ struct Plan {
     job.has_ce = !spectrum && q.ce_weight != 0;
     job.has_cmi = spectrum || q.cmi_weight != 0;
     job.ce_scale = q.ce_weight / ce_norm;
-    job.smoothing = q.label_smoothing;
+    job.smoothing = q.label_smoothing, job.smooth_each = q.label_smoothing / double(q.classes);
     job.weight_sum = double(q.classes);
     if (q.class_weight && q.label_smoothing > 0) {
       job.weight_sum = 0;

@@ -20,6 +20,7 @@ namespace {  // a copy for each variant: see problem.h
 // Bounds of a_K |d|. |log P - log Pbar| is at most twice that and |t| four times, within psi_ratio<4>'s
 // domain for the first; for the second the domain of psi_ratio<8> is checked.
 constexpr float kNarrowest = 0.07f, kNarrow = 1.0f;
+constexpr int kProbed = 8;  // vectors of two rows that are compared at a time
 
 struct Narrow : Rows<float> {
   using V = Vec<float>;
@@ -34,7 +35,6 @@ struct Narrow : Rows<float> {
   V* acc;                         // (n, K) sums in lanes: for s, then for KL
   double* sum;                    // (n, K)
   float *pbar, *L;                // (slots, K, cols) Pbar; log1p(vbar)
-  float* one;                     // (Cp) exp(zbar - max zbar)
   double one_sum = 0;
   float top = 0;  // max zbar
 
@@ -60,16 +60,24 @@ struct Narrow : Rows<float> {
            (job.ce_index >= 0 || !job.has_ce);
   }
 
-  // Compares two rows: wide clusters are told from narrow ones before all of them is read.
+  // Compares two rows, as far as it takes: wide clusters are told from narrow ones before all of them is
+  // read.
   bool likely() {
-    load_row(job, cluster.rows[0], X);
-    load_row(job, cluster.rows[n - 1], X + (n - 1) * Cp);
+    const float* const first = row_values(job, cluster.rows[0], X);
+    const float* const last = row_values(job, cluster.rows[n - 1], X + (n - 1) * Cp);
+    const float limit = 2 * kNarrow / a[K - 1];
     V lo = splat(__builtin_inff()), hi = -lo;
-    for (int64_t j = 0; j + W <= C; j += W) {
-      const V d = load<V>(X + (n - 1) * Cp + j) - load<V>(X + j);  // NaN where both are masked
-      lo = d < lo ? d : lo, hi = d > hi ? d : hi;
+    for (int64_t j0 = 0; j0 < C; j0 += kProbed * W) {
+      const int64_t count = C - j0 < kProbed * W ? C - j0 : kProbed * W;
+      each_vector(last + j0, count, [&](int64_t j, V z) CMIM_INLINE_LAMBDA {
+        const V y =
+            j + W <= count ? load<V>(first + j0 + j) : load_tail<float, float>(first + j0 + j, count - j);
+        const V d = z - y;  // NaN where both are masked, or beyond the last class
+        lo = d < lo ? d : lo, hi = d > hi ? d : hi;
+      });
+      if (!(max_lanes<float>(hi) + max_lanes<float>(-lo) <= limit)) return false;
     }
-    return C < W || a[K - 1] * (max_lanes<float>(hi) + max_lanes<float>(-lo)) <= 2 * kNarrow;
+    return true;
   }
 
   // zbar, -inf where a class is masked throughout; z itself, to the bit, where all rows agree
@@ -96,15 +104,15 @@ struct Narrow : Rows<float> {
     top = max_lanes<float>(highest);
     const float base = float(job.base);
     for (int k = 0; k < K; ++k) sbar[k] = 0;
-    for (int64_t j = 0; j < Cp; j += W) store(ebar + j, exp_nonpositive(base * (load<V>(center + j) - top)));
+    for (int64_t j = 0; j < Cp; j += W)
+      store(ebar + j, exp_nonpositive(at_least(base * (load<V>(center + j) - top), kVanishes<float>)));
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       for (int64_t j0 = 0; j0 < Cp; j0 += kFlushVectors * W) {
         V s[N] = {};
         for (int64_t j = j0; j < Cp && j < j0 + kFlushVectors * W; j += W) {
-          V ex[N];
-          exponentials<Source::chain, N>(ebar + j, 0, a + k0, job.power0 + k0, ex);
-          for (int k = 0; k < N; ++k) s[k] += ex[k];
+          Exponentials<Source::chain, float> ex(ebar + j, 0, a + k0, job.power0 + k0);
+          for (int k = 0; k < N; ++k) s[k] += ex.at(k);
         }
         for (int k = 0; k < N; ++k) sbar[k0 + k] += double(sum_lanes<float>(s[k]));
       }
@@ -112,7 +120,7 @@ struct Narrow : Rows<float> {
     for (int k = 0; k < K; ++k) inv_sbar[k] = float(1 / sbar[k]);
     one_sum = 0;
     for (int64_t j = 0; job.has_ce && j < Cp; j += W) {
-      const V y = exp_nonpositive(load<V>(center + j) - top);
+      const V y = exp_nonpositive(at_least(load<V>(center + j) - top, kVanishes<float>));
       store(one + j, y);
       one_sum += double(sum_lanes<float>(y));
     }
@@ -155,9 +163,8 @@ struct Narrow : Rows<float> {
       constexpr int N = decltype(chunk)::value;
       float* const to = pbar + (slot * K + k0) * cols - begin;
       for (int64_t j = begin; j < Cp && j < begin + cols; j += W) {
-        V ex[N];
-        exponentials<Source::chain, N>(ebar + j, 0, a + k0, job.power0 + k0, ex);
-        for (int k = 0; k < N; ++k) store(to + k * cols + j, ex[k] * inv_sbar[k0 + k]);
+        Exponentials<Source::chain, float> ex(ebar + j, 0, a + k0, job.power0 + k0);
+        for (int k = 0; k < N; ++k) store(to + k * cols + j, ex.at(k) * inv_sbar[k0 + k]);
       }
     });
   }
@@ -192,8 +199,12 @@ struct Narrow : Rows<float> {
 
   void flush(int64_t i, int64_t tile) {
     if (tile % kFlushTiles != kFlushTiles - 1 && tile != tiles - 1) return;
-    for (int64_t at = i * K; at < (i + 1) * K; ++at)
-      sum[at] += double(sum_lanes<float>(acc[at])), acc[at] = V{};
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value;
+      V lanes[N];
+      for (int k = 0; k < N; ++k) lanes[k] = acc[i * K + k0 + k], acc[i * K + k0 + k] = V{};
+      add_lanes<float, N>(lanes, sum + i * K + k0);
+    });
   }
 
   // Everything of a row that follows from its sums s. False: outside log1p_small's range.
@@ -215,7 +226,8 @@ struct Narrow : Rows<float> {
       double* const s = sum + i * K;
       const double s_ce = job.has_ce ? one_sum * (1 + s[job.ce_index]) : 0;
       for (int k = 0; k < K; ++k) s[k] = sbar[k] * (1 + s[k]);
-      set_row(i, s, s_ce, double(top) + double(shift[i]), 1.0);
+      set_row(i, s, s_ce, 1.0);
+      set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(top) + double(shift[i]));
       for (int k = 0; k < K; ++k) s[k] = 0;
     }
     for (int64_t at = 0; at < n * K; at += W) store(off + at, log1p_small(load<V>(off + at)));
@@ -276,11 +288,10 @@ struct Narrow : Rows<float> {
           const V mean = load<V>(ebar + j);
           store(e + j, load<V>(e + j) * mean + mean);
         }
-        V ex[N];
-        exponentials<Source::chain, N>(e + j, 0, ak, p, ex);
+        Exponentials<Source::chain, float> ex(e + j, 0, ak, p);
         for (int k = 0; k < N; ++k) {
           const V t = (ak[k] * d - shift[k]) - load<V>(l + k * cols + j);
-          const V pt = ex[k] * t;
+          const V pt = ex.at(k) * t;
           g += scale[k] * pt;
           kl[k] += pt * psi_ratio<kOrder>(t);
         }
@@ -291,14 +302,33 @@ struct Narrow : Rows<float> {
     flush(i, tile);
   }
 
-  void summarise(int64_t i) {
-    double total = 0;
+  // The row's KL, in the place of its sum, and q, what P_k is multiplied by in the gradient
+  void finish_row(int64_t i) {
+    double* const kl = sum + i * K;
+    by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(width)::value;
+      const auto value = doubles<N>(kl + k0) * doubles<N>(r + i * K + k0);
+      store_doubles<N>(q + i * K + k0, doubles<N>(c + i * K + k0) * value);
+      store_doubles<N>(kl + k0, value);
+    });
+    report(i, kl);
+  }
+
+  // The gradient at the label, before write_gradient changes anything
+  double label_entry(int64_t i) const {
+    const int64_t label = cluster.label;
+    const float first = E[i * Cp + label];
+    double value = double(G[i * Cp + label]);
+    float ex = 1;
     for (int k = 0; k < K; ++k) {
-      const double kl = sum[i * K + k] * double(r[i * K + k]);
-      q[i * K + k] = c[i * K + k] * float(sum[i * K + k] * double(r[i * K + k]));
-      report(i, k, kl, total);
+      for (int step = k == 0 ? job.power0 : 1; step > 0; --step) ex *= first;
+      value -= double(q[i * K + k]) * double(ex);
     }
-    if (job.row_cmi) job.row_cmi[cluster.rows[i]] = total;
+    if (!job.has_ce) return value;
+    const RowEntropy e = row_entropy(job, cluster.rows[i], label);
+    const int64_t j = label / W * W;
+    const double ce = double(unscaled_softmax<true>(i, j)[label - j]);
+    return value + (e.probability * double(r_ce[i]) * ce - e.one_hot - e.smooth * class_weight(job, label));
   }
 
   template <int kOrder>
@@ -337,8 +367,8 @@ struct Narrow : Rows<float> {
         if (!(widest[t] + most + 0.2f <= 1.5f)) return false;
     }
     each(team, n, [&](int64_t i) {
-      summarise(i);
-      if (job.grad) write_gradient<Source::chain, true>(i, one);
+      finish_row(i);
+      if (job.grad) write_gradient<Source::chain, true>(i, label_entry(i));
     });
     return true;
   }

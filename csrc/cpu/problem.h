@@ -30,9 +30,9 @@ struct Job {
       centroids;  // (K, C, C) in the same type, temperatures in the caller's order; nullptr: the batch's own
   const int* order;  // (K) the caller's index of a[k]
   bool has_ce, has_cmi;
-  double ce_scale;  // ce_weight / normaliser
-  double smoothing;
-  double weight_sum;  // sum of class_weight
+  double ce_scale;                // ce_weight / normaliser
+  double smoothing, smooth_each;  // label smoothing, and what each class gets of it
+  double weight_sum;              // sum of class_weight
 
   const double* upstream;  // (N) gradient of each row's loss, nullptr: ones
   double* row_ce;          // (N) cross entropy of each row, weighted; nullptr: not wanted

@@ -78,18 +78,21 @@ CMIM_INLINE void with_row(const Job& job, int64_t row, F&& f) {
   });
 }
 
-// z(row, :) in x, padded with -inf to whole vectors; returns its maximum, of what is not NaN.
+// z(row, :) in x, padded with -inf to whole vectors
 template <class T>
-inline T load_row(const Job& job, int64_t row, T* x) {
-  Vec<T> best = splat<T>(-__builtin_inf());
+inline void load_row(const Job& job, int64_t row, T* x) {
   with_row<T>(job, row, [&](auto read) CMIM_INLINE_LAMBDA {
-    for (int64_t j = 0; j < job.classes; j += Simd<T>::width) {
-      const Vec<T> v = read(j);
-      best = vmax<T>(v, best);
-      store(x + j, v);
-    }
+    for (int64_t j = 0; j < job.classes; j += Simd<T>::width) store(x + j, read(j));
   });
-  return max_lanes<T>(best);
+}
+
+// z(row, :) as C numbers of T next to each other: the logits themselves where they are that, else a copy in x
+template <class T>
+inline const T* row_values(const Job& job, int64_t row, T* x) {
+  if (job.storage == (sizeof(T) == 4 ? Storage::f32 : Storage::f64) && job.col_stride == 1)
+    return static_cast<const T*>(job.logits) + row * job.row_stride;
+  load_row(job, row, x);
+  return x;
 }
 
 // What the cross entropy of one row contributes: the gradient is softmax * probability - smooth *
@@ -101,13 +104,12 @@ inline RowEntropy row_entropy(const Job& job, int64_t row, int64_t label) {
   if (!job.has_ce) return {0, 0, 0};
   const double scale = job.upstream ? job.ce_scale * job.upstream[row] : job.ce_scale;
   const double one_hot = (1 - job.smoothing) * class_weight(job, label);
-  const double smooth = job.smoothing / double(job.classes);
+  const double smooth = job.smooth_each;
   return {scale * (one_hot + smooth * job.weight_sum), scale * one_hot, scale * smooth};
 }
-// The row's cross entropy in nats; sum = sum_j exp(z_j - top). Reads the logits themselves: a masked label is
-// infinitely wrong.
-inline double row_entropy_value(const Job& job, int64_t row, int64_t label, double sum, double top) {
-  const double log_sum = __builtin_log(sum);
+// The row's cross entropy in nats; log_sum = log sum_j exp(z_j - top). Reads the logits themselves: a masked
+// label is infinitely wrong.
+inline double row_entropy_value(const Job& job, int64_t row, int64_t label, double log_sum, double top) {
   auto minus_log_p = [&](int64_t j) {
     return log_sum - (element(job.logits, job.storage, row * job.row_stride + j * job.col_stride) - top);
   };
@@ -115,7 +117,7 @@ inline double row_entropy_value(const Job& job, int64_t row, int64_t label, doub
   if (job.smoothing > 0) {
     double smooth = 0;
     for (int64_t j = 0; j < job.classes; ++j) smooth += class_weight(job, j) * minus_log_p(j);
-    value += smooth * (job.smoothing / double(job.classes));
+    value += smooth * job.smooth_each;
   }
   return value;
 }
@@ -167,6 +169,10 @@ inline char* reserve(Workspace& ws, int64_t bytes) {
   return reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(ws.data), 64));
 }
 
+// exp(x) is zero below this, with room to spare
+template <class T>
+constexpr T kVanishes = sizeof(T) == 4 ? T(-200) : T(-1500);
+
 constexpr int kFlushVectors = 256;  // sums in lanes of T go over to double this often, whatever C
 
 // A row that only the cross entropy sees: a cluster of one, or no CMI at all.
@@ -174,35 +180,37 @@ template <class T>
 void entropy_row(const Job& job, int64_t row, int64_t label, Workspace& ws) {
   using V = Vec<T>;
   constexpr int W = Simd<T>::width;
+  if (!job.has_ce) {
+    if (job.row_ce) job.row_ce[row] = 0;
+    if (job.grad) write_row<T>(job, row, [](int64_t) { return V{}; });
+    return;
+  }
   const int64_t Cp = round_up(job.classes, W);
-  T* x = reinterpret_cast<T*>(reserve(ws, Cp * int64_t(sizeof(T))));
+  T* const x = reinterpret_cast<T*>(reserve(ws, Cp * int64_t(sizeof(T))));
+  const T* const z = row_values(job, row, x);
+  const T top = largest(z, job.classes);
   V e_sum{};
   double sum = 0;
-  if (job.has_ce) {
-    const T top = load_row(job, row, x);
-    for (int64_t j = 0; j < Cp; j += W) {
-      const V e = exp_nonpositive(load<V>(x + j) - top);
-      store(x + j, e);
-      e_sum += e;
-      if ((j / W) % kFlushVectors == 0) sum += double(sum_lanes<T>(e_sum)), e_sum = V{};
-    }
-    sum += double(sum_lanes<T>(e_sum));
-    if (job.row_ce) job.row_ce[row] = row_entropy_value(job, row, label, sum, double(top));
-  } else if (job.row_ce) {
-    job.row_ce[row] = 0;
-  }
+  each_vector(z, job.classes, [&](int64_t j, V v) CMIM_INLINE_LAMBDA {
+    const V e = exp_nonpositive(at_least(v - top, kVanishes<T>));
+    store(x + j, e);
+    e_sum += e;
+    if (j / W % kFlushVectors == kFlushVectors - 1) sum += double(sum_lanes<T>(e_sum)), e_sum = V{};
+  });
+  sum += double(sum_lanes<T>(e_sum));
+  if (job.row_ce) job.row_ce[row] = row_entropy_value(job, row, label, __builtin_log(sum), double(top));
   if (!job.grad) return;
   const RowEntropy e = row_entropy(job, row, label);
   const T scale = T(e.probability / sum);
-  if (!job.has_ce) {
-    write_row<T>(job, row, [&](int64_t) { return V{}; });
-    return;
-  }
   const double at_label =
       e.probability * (double(x[label]) / sum) - e.one_hot - e.smooth * class_weight(job, label);
-  for (int64_t j = 0; j < Cp; j += W) store(x + j, load<V>(x + j) * scale);
-  subtract_smooth(job, e, x);
-  write_row<T>(job, row, [&](int64_t j) { return load<V>(x + j); });
+  if (e.smooth != 0) {
+    for (int64_t j = 0; j < Cp; j += W) store(x + j, load<V>(x + j) * scale);
+    subtract_smooth(job, e, x);
+    write_row<T>(job, row, [&](int64_t j) { return load<V>(x + j); });
+  } else {
+    write_row<T>(job, row, [&](int64_t j) { return load<V>(x + j) * scale; });
+  }
   write_entry<T>(job, row, label, at_label);
 }
 

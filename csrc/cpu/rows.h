@@ -51,21 +51,27 @@ enum class Source {
   direct,  // computed at each use from X, (n, Cp), where storing them would leave the second-level cache
 };
 
-// e[k] = exp(a_k x) for one chunk; from: its place in E or X, stride: between temperatures, p: of the first
-// one.
-template <Source kSource, int N, class T>
-CMIM_INLINE void exponentials(const T* from, int64_t stride, const T* a, int p, Vec<T> (&e)[N]) {
-  if constexpr (kSource == Source::chain) {
-    const Vec<T> first = load<Vec<T>>(from);
-    e[0] = power<T>(first, p);
-    for (int k = 1; k < N; ++k) e[k] = e[k - 1] * first;
-  } else if constexpr (kSource == Source::stored) {
-    for (int k = 0; k < N; ++k) e[k] = load<Vec<T>>(from + k * stride);
-  } else {
-    const Vec<T> x = load<Vec<T>>(from);
-    for (int k = 0; k < N; ++k) e[k] = exp_nonpositive(a[k] * x);
+// exp(a_k x) for the temperatures of one chunk, one after the other: few registers are in use at a time.
+// from: its place in E or X, stride: between temperatures, p: the power of the first one.
+template <Source kSource, class T>
+struct Exponentials {
+  Vec<T> one, now;  // exp(base x) or x; the last power
+  const T *from, *a;
+  int64_t stride;
+
+  CMIM_INLINE Exponentials(const T* place, int64_t between, const T* inverse_temperatures, int p)
+      : from(place), a(inverse_temperatures), stride(between) {
+    if constexpr (kSource != Source::stored) one = load<Vec<T>>(place);
+    if constexpr (kSource == Source::chain) now = power<T>(one, p);
   }
-}
+  // k = 0, 1, ... in this order
+  CMIM_INLINE Vec<T> at(int k) {
+    if constexpr (kSource == Source::stored) return load<Vec<T>>(from + k * stride);
+    if constexpr (kSource == Source::direct) return exp_nonpositive(a[k] * one);
+    if (k > 0) now *= one;
+    return now;
+  }
+};
 
 // Runs f(0 .. count - 1), on all threads of the team if it has any.
 template <class F>
@@ -94,6 +100,7 @@ struct Rows {
   T *r, *c, *q;  // (n, K) P_k = r_k E^(p + k); coeff r; c sum_j P log(P/Q)
   T* a;          // (K)
   T* r_ce;       // (n) the softmax at temperature 1 is r_ce exp(X)
+  T* one;        // (n, Cp) exp(X), where a term of its own; centred: (Cp) of the centre
 
   Rows(const Job& j, const Cluster& cl)
       : job(j),
@@ -148,8 +155,10 @@ struct Rows {
       G = X;
     else
       layout.take(G, n * Cp);
-    layout.take(r, n * K), layout.take(c, n * K), layout.take(q, n * K);
-    layout.take(a, K), layout.take(r_ce, n);
+    layout.take(r, n * K), layout.take(r_ce, n);
+    // read in whole vectors of double at a time
+    for (T** each : {&c, &q}) layout.take(*each, n * K + Simd<double>::width);
+    layout.take(a, K + Simd<double>::width);
   }
   void fill() {
     for (int k = 0; k < K; ++k) a[k] = T(job.a[k]);
@@ -174,73 +183,55 @@ struct Rows {
 
   // softmax at temperature 1 up to r_ce, at columns j .. of row i, where it is not one of the powers
   template <bool kCentred>
-  CMIM_INLINE static V unscaled_softmax(const T* x, const T* center_exp, int64_t j) {
-    const V v = load<V>(x + j);
+  CMIM_INLINE V unscaled_softmax(int64_t i, int64_t j) const {
     if constexpr (kCentred) {
-      const V center = load<V>(center_exp + j);
-      return expm1_small(v) * center + center;
+      const V center = load<V>(one + j);
+      return expm1_small(load<V>(X + i * Cp + j)) * center + center;
     } else {
-      return exp_nonpositive(v);
+      return load<V>(one + i * Cp + j);
     }
   }
 
   bool own_ce() const { return job.has_ce && job.ce_index < 0; }
 
   // sums (K): S_k = sum_j E^(p + k); s_ce = sum_j exp(z - top).
-  void set_row(int64_t i, const double* sums, double s_ce, double top, double upstream) {
+  void set_row(int64_t i, const double* sums, double s_ce, double upstream) {
+    by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(width)::value;
+      const auto inverse = 1.0 / doubles<N>(sums + k0);
+      store_doubles<N>(r + i * K + k0, inverse);
+      store_doubles<N>(c + i * K + k0, doubles<N>(job.coeff + k0) * upstream * inverse);
+    });
+    if (job.has_ce) r_ce[i] = T(1 / s_ce);
+  }
+  // log_sum: log sum_j exp(z - top)
+  void set_entropy(int64_t i, double log_sum, double top) {
+    if (!job.row_ce) return;
     const int64_t row = cluster.rows[i];
-    for (int k = 0; k < K; ++k) {
-      const double inverse = 1 / sums[k];
-      r[i * K + k] = T(inverse);
-      c[i * K + k] = T(job.coeff[k] * upstream * inverse);
-    }
-    if (job.has_ce) {
-      r_ce[i] = T(1 / s_ce);
-      if (job.row_ce) job.row_ce[row] = row_entropy_value(job, row, cluster.label, s_ce, top);
-    } else if (job.row_ce) {
-      job.row_ce[row] = 0;
-    }
+    job.row_ce[row] = job.has_ce ? row_entropy_value(job, row, cluster.label, log_sum, top) : 0;
   }
 
-  void report(int64_t i, int k, double kl, double& total) const {
-    total += job.w[k] * kl;
-    if (job.kl) job.kl[cluster.rows[i] * K + job.order[k]] = kl;
-  }
-
-  // The gradient at the label, before write_gradient changes anything
-  template <Source kSource, bool kCentred>
-  double label_entry(int64_t i, const RowEntropy& e, const T* center_exp) const {
-    const int64_t label = cluster.label;
-    double value = double(G[i * Cp + label]), ce = 0;
-    T ex = T(1);
-    for (int k = 0; k < K; ++k) {
-      const T* const from = place_of<kSource>(i, k) + label;
-      if constexpr (kSource == Source::chain) {
-        for (int step = k == 0 ? job.power0 : 1; step > 0; --step) ex *= *from;
-      } else {
-        ex = kSource == Source::stored ? *from : exp_nonpositive(splat(a[k] * *from))[0];
-      }
-      value -= double(q[i * K + k]) * double(ex);
-      if (k == job.ce_index) ce = double(ex);
+  // kl (K): the row's divergences
+  void report(int64_t i, const double* kl) const {
+    const int64_t row = cluster.rows[i];
+    if (job.row_cmi) {
+      double total = 0;
+      for (int k = 0; k < K; ++k) total += job.w[k] * kl[k];
+      job.row_cmi[row] = total;
     }
-    if (!job.has_ce) return value;
-    if (kCentred || own_ce()) {
-      const int64_t j = label / W * W;
-      ce = double(unscaled_softmax<kCentred>(X + i * Cp, center_exp, j)[label - j]);
-    }
-    return value + (e.probability * double(r_ce[i]) * ce - e.one_hot - e.smooth * class_weight(job, label));
+    if (job.kl)
+      for (int k = 0; k < K; ++k) job.kl[row * K + job.order[k]] = kl[k];
   }
 
   // G - sum_k q_k E^(p + k), and the cross entropy's gradient
-  // kCentred: X is centred, center_exp (Cp) is the exponential of the centre, and the softmax at temperature
-  // 1 is taken from them, since a power of E carries its rounding several times over.
+  // kCentred: X is centred, and the softmax at temperature 1 is taken from it, since a power of E carries its
+  // rounding several times over.
   template <Source kSource, bool kCentred = false>
-  void write_gradient(int64_t i, const T* center_exp = nullptr) {
+  void write_gradient(int64_t i, double at_label) {
     const int64_t row = cluster.rows[i];
     const RowEntropy e = row_entropy(job, row, cluster.label);
     T* const g = G + i * Cp;
     const T soft = job.has_ce ? T(e.probability) * r_ce[i] : T(0);
-    const double at_label = label_entry<kSource, kCentred>(i, e, center_exp);
     subtract_smooth(job, e, g);
     const bool add_ce = job.has_ce && (kCentred || own_ce());
     if (job.has_ce && !add_ce) q[i * K + job.ce_index] -= soft;
@@ -248,8 +239,7 @@ struct Rows {
       constexpr int N = decltype(chunk)::value;
       T qi[N];
       for (int k = 0; k < N; ++k) qi[k] = q[i * K + k0 + k];
-      const T *const ai = a + k0, *const x = X + i * Cp,
-                     *const from = this->template place_of<kSource>(i, k0);
+      const T *const ai = a + k0, *const from = this->template place_of<kSource>(i, k0);
       const int64_t stride = Cp;
       const int p = job.power0 + k0;
       const bool last = k0 + N == K;
@@ -261,11 +251,10 @@ struct Rows {
           for (int k = N - 2; k >= 0; --k) h = h * e1 + qi[k];
           v -= h * power<T>(e1, p);
         } else {
-          V ex[N];
-          exponentials<kSource, N>(from + j, stride, ai, p, ex);
-          for (int k = 0; k < N; ++k) v -= qi[k] * ex[k];
+          Exponentials<kSource, T> ex(from + j, stride, ai, p);
+          for (int k = 0; k < N; ++k) v -= qi[k] * ex.at(k);
         }
-        if (last && add_ce) v += soft * unscaled_softmax<kCentred>(x, center_exp, j);
+        if (last && add_ce) v += soft * this->template unscaled_softmax<kCentred>(i, j);
         return v;
       };
       if (last)

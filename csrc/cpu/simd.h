@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -63,15 +64,21 @@ struct Lanes {
   typedef uint16_t H __attribute__((vector_size(Simd<T>::width * 2)));
 };
 
+// A vector at any address, of elements of its own type: typed, so that what is stored is known not to change
+// the pointers and counts beside it.
 template <class V>
-CMIM_INLINE V load(const void* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof(V));
-  return v;
+struct Unaligned {
+  typedef V type __attribute__((aligned(1)));
+};
+template <class V, class S>
+CMIM_INLINE V load(const S* p) {
+  static_assert(sizeof(S) == sizeof(V{}[0]), "elements of the vector's type");
+  return *reinterpret_cast<const typename Unaligned<V>::type*>(p);
 }
-template <class V>
-CMIM_INLINE void store(void* p, V v) {
-  __builtin_memcpy(p, &v, sizeof(V));
+template <class V, class S>
+CMIM_INLINE void store(S* p, V v) {
+  static_assert(sizeof(S) == sizeof(V{}[0]), "elements of the vector's type");
+  *reinterpret_cast<typename Unaligned<V>::type*>(p) = v;
 }
 template <class To, class From>
 CMIM_INLINE To bits(From v) {
@@ -88,6 +95,11 @@ CMIM_INLINE Vec<T> splat(T x) {
 template <class T>
 CMIM_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
+}
+// v where it is larger or NaN, else the limit
+template <class T>
+CMIM_INLINE Vec<T> at_least(Vec<T> v, T limit) {
+  return v < limit ? splat<T>(limit) : v;
 }
 // All lanes combined by f: the upper half with the lower, until one is left.
 template <class V, class F, size_t... I>
@@ -110,6 +122,50 @@ CMIM_INLINE T sum_lanes(Vec<T> v) {
 template <class T>
 CMIM_INLINE T max_lanes(Vec<T> v) {
   return fold_lanes<T>(v, [](auto a, auto b) CMIM_INLINE_LAMBDA { return a > b ? a : b; });
+}
+
+// Lane l of one half of every group of kGroup lanes of two vectors of W, groups in order
+template <int W, int kGroup>
+constexpr int lane_of_halves(int l, bool upper) {
+  constexpr int half = kGroup / 2;
+  const int second = l >= W / 2, m = l % (W / 2);
+  return second * W + m / half * kGroup + m % half + (upper ? half : 0);
+}
+// a and b hold sums in groups of lanes; the result has groups of half as many, those of a before those of b.
+template <int kGroup, class V, size_t... I>
+CMIM_INLINE V halve_groups(V a, V b, std::index_sequence<I...>) {
+  constexpr int W = sizeof...(I);
+  return __builtin_shufflevector(a, b, lane_of_halves<W, kGroup>(I, false)...) +
+         __builtin_shufflevector(a, b, lane_of_halves<W, kGroup>(I, true)...);
+}
+// total[l] += lane l of v, for l in [kFrom, kEnd)
+template <class T, int kFrom, int kEnd, size_t... I>
+CMIM_INLINE void add_each_lane(Vec<T> v, double* total, std::index_sequence<I...> together) {
+  if constexpr (kFrom + int(sizeof...(I)) <= kEnd) {
+    using D = Vec<double>;
+    store(total + kFrom,
+          load<D>(total + kFrom) + __builtin_convertvector(__builtin_shufflevector(v, v, (kFrom + I)...), D));
+    add_each_lane<T, kFrom + int(sizeof...(I)), kEnd>(v, total, together);
+  } else {
+    for (int l = kFrom; l < kEnd; ++l) total[l] += double(v[l]);
+  }
+}
+// total[n] += sum of the lanes of v[n], with fewer shuffles than one vector after the other would take
+template <class T, int N, int kGroup = Simd<T>::width, int kSums = N>
+CMIM_INLINE void add_lanes(const Vec<T> (&v)[N], double* total) {
+  constexpr int W = Simd<T>::width;
+  if constexpr (kGroup == 1) {
+    constexpr int kEach = kSums < W ? kSums : W;
+    for (int n = 0; n < N; ++n)
+      add_each_lane<T, 0, kEach>(v[n], total + n * kEach, std::make_index_sequence<Simd<double>::width>{});
+  } else {
+    constexpr int kFolded = N > 1 ? N / 2 : 1;
+    Vec<T> folded[kFolded];
+    for (int n = 0; n < kFolded;
+         ++n)  // one vector alone is folded with itself: its upper half is then a copy
+      folded[n] = halve_groups<kGroup>(v[2 * n], v[N > 1 ? 2 * n + 1 : 0], std::make_index_sequence<W>{});
+    add_lanes<T, kFolded, kGroup / 2, kSums>(folded, total);
+  }
 }
 
 inline float half_to_float(uint16_t h) {
@@ -175,17 +231,18 @@ struct Convert<T, Bf16> {
 template <class T>
 struct Convert<T, F16> {
   using F = typename Lanes<T>::F;
+  using H = typename Lanes<T>::H;
   static constexpr int width = Simd<T>::width;
   CMIM_INLINE static Vec<T> from(const F16* p) {
     F f;
 #if defined(__AVX512F__)
     if constexpr (width == 16)
-      f = bits<F>(_mm512_maskz_cvtph_ps(0xffff, load<__m256i>(p)));
+      f = bits<F>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(load<H>(p))));
     else
-      f = bits<F>(_mm256_cvtph_ps(load<__m128i>(p)));
+      f = bits<F>(_mm256_cvtph_ps(bits<__m128i>(load<H>(p))));
 #elif defined(__F16C__)
     if constexpr (width == 8)
-      f = bits<F>(_mm256_cvtph_ps(load<__m128i>(p)));
+      f = bits<F>(_mm256_cvtph_ps(bits<__m128i>(load<H>(p))));
     else
       f = bits<F>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #else
@@ -197,12 +254,12 @@ struct Convert<T, F16> {
     const F f = __builtin_convertvector(v, F);
 #if defined(__AVX512F__)
     if constexpr (width == 16)
-      store(p, _mm512_maskz_cvtps_ph(0xffff, bits<__m512>(f), 0));
+      store(p, bits<H>(_mm512_maskz_cvtps_ph(0xffff, bits<__m512>(f), 0)));
     else
-      store(p, _mm256_cvtps_ph(bits<__m256>(f), 0));
+      store(p, bits<H>(_mm256_cvtps_ph(bits<__m256>(f), 0)));
 #elif defined(__F16C__)
     if constexpr (width == 8)
-      store(p, _mm256_cvtps_ph(bits<__m256>(f), 0));
+      store(p, bits<H>(_mm256_cvtps_ph(bits<__m256>(f), 0)));
     else
       _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(bits<__m128>(f), 0));
 #else
@@ -214,6 +271,10 @@ struct Convert<T, F16> {
 // Lanes beyond `valid` read as -inf (a masked class) and are not written.
 template <class T, class S>
 CMIM_INLINE Vec<T> load_tail(const S* p, int64_t valid) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4 && sizeof(S) == 4)
+    return _mm512_mask_loadu_ps(splat(-__builtin_inff()), __mmask16((1u << valid) - 1), p);
+#endif
   S lane[Simd<T>::width];
   Convert<T, S>::to(lane, splat<T>(-__builtin_inf()));
   __builtin_memcpy(lane, p, size_t(valid) * sizeof(S));
@@ -221,9 +282,59 @@ CMIM_INLINE Vec<T> load_tail(const S* p, int64_t valid) {
 }
 template <class T, class S>
 CMIM_INLINE void store_tail(S* p, Vec<T> v, int64_t valid) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4 && sizeof(S) == 4)
+    return _mm512_mask_storeu_ps(p, __mmask16((1u << valid) - 1), v);
+#endif
   S lane[Simd<T>::width];
   Convert<T, S>::to(lane, v);
   __builtin_memcpy(p, lane, size_t(valid) * sizeof(S));
+}
+
+// N numbers at p as doubles: a vector of them, or one where N is 1
+template <int N, class S>
+CMIM_INLINE auto doubles(const S* p) {
+  if constexpr (N == 1)
+    return double(*p);
+  else
+    return Convert<double, S>::from(p);
+}
+template <int N, class S, class V>
+CMIM_INLINE void store_doubles(S* p, V v) {
+  if constexpr (N == 1)
+    *p = S(v);
+  else
+    Convert<double, S>::to(p, v);
+}
+// f(how many at a time as a constant, the first of them), for [0, count)
+template <class F>
+CMIM_INLINE void by_doubles(int count, F&& f) {
+  constexpr int D = Simd<double>::width;
+  int k = 0;
+  for (; k + D <= count; k += D) f(std::integral_constant<int, D>{}, k);
+  for (; k < count; ++k) f(std::integral_constant<int, 1>{}, k);
+}
+
+// f(j, a whole vector of the C numbers at z, padded with -inf)
+template <class T, class F>
+CMIM_INLINE void each_vector(const T* z, int64_t C, F&& f) {
+  constexpr int W = Simd<T>::width;
+  int64_t j = 0;
+  for (; j + W <= C; j += W) f(j, load<Vec<T>>(z + j));
+  if (j < C) f(j, load_tail<T, T>(z + j, C - j));
+}
+
+// The largest of C numbers, of those that are not NaN; -inf if there is none
+template <class T>
+CMIM_INLINE T largest(const T* z, int64_t C) {
+  constexpr int W = Simd<T>::width;
+  Vec<T> best[4];  // several, so that no comparison waits for the one before
+  for (Vec<T>& b : best) b = splat<T>(-__builtin_inf());
+  int64_t j = 0;
+  for (; j + 4 * W <= C; j += 4 * W)
+    for (int u = 0; u < 4; ++u) best[u] = vmax<T>(load<Vec<T>>(z + j + u * W), best[u]);
+  each_vector(z + j, C - j, [&](int64_t, Vec<T> v) CMIM_INLINE_LAMBDA { best[0] = vmax<T>(v, best[0]); });
+  return max_lanes<T>(vmax<T>(vmax<T>(best[0], best[1]), vmax<T>(best[2], best[3])));
 }
 
 }  // namespace

@@ -2,9 +2,10 @@
 //
 //   prepare(row)         X = z - max z, E = exp(base X), S_k = sum exp(a_k X), the cross entropy
 //   centroid(tile)       L_k = log Q_k, shifted by the mean over the rows of log S_k, which keeps t small
-//   accumulate(row)      t = a_k X - L_k = log(P/Q) up to a constant of the row;  H_k = sum_j P t;  G = sum_k
-//   c_k P t summarise(row)       KL_k from H_k write_gradient(row)  G - sum_k c_k H_k P_k, and the cross
-//   entropy's gradient
+//   accumulate(row)      t = a_k X - L_k = log(P/Q) up to a constant of the row;  H_k = sum_j P t;
+//                        G = sum_k c_k P t
+//   divergences()        KL_k from H_k
+//   write_gradient(row)  G - sum_k c_k H_k P_k, and the cross entropy's gradient
 //
 // A constant of the row added to t changes H_k, but not t - H_k, so the gradient does not need it. Columns go
 // by in tiles that stay in the first-level cache between centroid and accumulate.
@@ -25,9 +26,6 @@ constexpr double kRedoBelow = 3e-4;
 
 template <class T>
 constexpr T kSmallestNormal = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
-// exp(x) is zero below this, with room to spare
-template <class T>
-constexpr T kVanishes = sizeof(T) == 4 ? T(-200) : T(-1500);
 
 // kGiven: the centroids are given. kPerRow: the batch's own centroids, and every row has an upstream gradient
 // of its own, so that the path through the centroid does not cancel: t becomes h = g_i t - R/Q
@@ -40,13 +38,16 @@ struct Wide : Rows<T> {
   using V = Vec<T>;
   static constexpr bool kCareful = sizeof(T) == 8;
 
-  int64_t slots;           // how many tiles L holds at a time
-  V *h_acc, *kl_acc;       // (n, K) sums of P t and Q psi(t) in lanes
-  double *h_sum, *kl_sum;  // (n, K)
-  double* off;             // (n, K) log S less its mean over the rows
-  T *mix, *mix_up;         // (n, K) weight of the row's exponentials in Q, and in R
-  T *log_mean, *up;        // (K), (n) upstream gradient
-  T *L, *Q, *rho;          // (slots, K, cols)
+  int64_t slots;             // how many tiles L holds at a time
+  V *h_acc, *kl_acc;         // (n, K) sums of P t and Q psi(t) in lanes
+  double *h_sum, *kl_sum;    // (n, K)
+  double* off;               // (n, K) log S less its mean over the rows; in float, then KL
+  double *excess, *mean_kl;  // (K) sum_j Q - 1 of given centroids; sum of KL over the rows
+  T *mix, *mix_up;           // (n, K) weight of the row's exponentials in Q, and in R
+  T *log_mean, *up;          // (K), (n) upstream gradient
+  T* tops;                   // (n) largest logit
+  T *log_label, *rho_label;  // (K) L and rho at the cluster's label
+  T *L, *Q, *rho;            // (slots, K, cols)
 
   Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl), slots(whole ? tiles : 1) {
     typename Base::Layout layout{0};
@@ -56,12 +57,16 @@ struct Wide : Rows<T> {
     this->fill();
   }
   void place(typename Base::Layout& layout) {
-    Base::place(layout, source == Source::direct || this->own_ce());
+    Base::place(layout, source == Source::direct);
+    layout.take(this->one, this->own_ce() ? n * this->Cp : 0);
     layout.take(h_acc, n * K), layout.take(kl_acc, kCareful ? n * K : 0);
     layout.take(h_sum, n * K), layout.take(kl_sum, kCareful ? n * K : 0);
     layout.take(off, n * K + Simd<double>::width);
+    layout.take(excess, kGiven && !kCareful ? K : 0), layout.take(mean_kl, kCareful ? 0 : K);
     layout.take(mix, n * K), layout.take(mix_up, kPerRow ? n * K : 0);
-    layout.take(log_mean, K), layout.take(up, n);
+    layout.take(log_mean, K), layout.take(up, n), layout.take(tops, n);
+    layout.take(log_label, K + Simd<double>::width),
+        layout.take(rho_label, kPerRow ? K + Simd<double>::width : 0);
     layout.take(L, slots * K * cols);
     layout.take(Q, kCareful ? slots * K * cols : 0);
     layout.take(rho, kPerRow ? slots * K * cols : 0);
@@ -70,25 +75,14 @@ struct Wide : Rows<T> {
   template <Source kSource>
   void prepare(int64_t i) {
     const int64_t row = cluster.rows[i], Cp = this->Cp;
-    T* const x = X + i * Cp;
-    const T floor = kVanishes<T> / a[0], base = T(job.base);
-    T top{};
-    double s_ce = 0;
-    V s_one{};
-    const bool own_ce = this->own_ce();
-    with_row<T>(job, row, [&](auto read) CMIM_INLINE_LAMBDA {
-      V best = splat<T>(-__builtin_inf());
-      for (int64_t j = 0; j < C; j += W) best = vmax<T>(read(j), best);
-      top = max_lanes<T>(best);
-      T* const e = E + i * Cp;
-      for (int64_t j = 0; j < C; j += W) {
-        V v = read(j) - top;
-        v = v < floor ? splat(floor) : v;
-        store(x + j, v);
-        if constexpr (kSource == Source::chain) store(e + j, exp_nonpositive(base * v));
-        if (own_ce) s_one += exp_nonpositive(v);
-        if (own_ce && (j / W) % kFlushVectors == 0) s_ce += double(sum_lanes<T>(s_one)), s_one = V{};
-      }
+    const T* const z = row_values(job, row, X + i * Cp);
+    const T top = largest(z, C), floor = kVanishes<T> / a[0], base = T(job.base);
+    tops[i] = top;
+    T *const x = X + i * Cp, *const e = E + i * Cp;
+    each_vector(z, C, [=](int64_t j, V v) CMIM_INLINE_LAMBDA {
+      v = at_least(v - top, floor);
+      store(x + j, v);
+      if constexpr (kSource == Source::chain) store(e + j, exp_nonpositive(base * v));
     });
     double* const sums = off + i * K;  // its place until centre()
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
@@ -98,24 +92,26 @@ struct Wide : Rows<T> {
       const T *const from = this->template place_of<kFrom>(i, k0), *const ai = a + k0;
       T* const keep = this->template place_of<kSource>(i, k0);
       const int p = job.power0 + k0;
-      V s[N] = {};
-      double total[N] = {};
+      for (int k = 0; k < N; ++k) sums[k0 + k] = 0;
       for (int64_t j0 = 0; j0 < Cp; j0 += kFlushVectors * W) {
         const int64_t end = j0 + kFlushVectors * W < Cp ? j0 + kFlushVectors * W : Cp;
+        V s[N] = {};
         for (int64_t j = j0; j < end; j += W) {
-          V ex[N];
-          exponentials<kFrom, N>(from + j, Cp, ai, p, ex);
-          for (int k = 0; k < N; ++k) s[k] += ex[k];
-          if constexpr (kSource == Source::stored)
-            for (int k = 0; k < N; ++k) store(keep + k * Cp + j, ex[k]);
+          Exponentials<kFrom, T> ex(from + j, Cp, ai, p);
+          for (int k = 0; k < N; ++k) {
+            const V e = ex.at(k);
+            s[k] += e;
+            if constexpr (kSource == Source::stored) store(keep + k * Cp + j, e);
+          }
         }
-        for (int k = 0; k < N; ++k) total[k] += double(sum_lanes<T>(s[k])), s[k] = V{};
+        add_lanes<T, N>(s, sums + k0);
       }
-      for (int k = 0; k < N; ++k) sums[k0 + k] = total[k];
     });
-    s_ce = own_ce ? s_ce + double(sum_lanes<T>(s_one)) : job.has_ce ? sums[job.ce_index] : 0;
+    const double s_ce = this->own_ce() ? unscaled(i) : job.has_ce ? sums[job.ce_index] : 0;
     const double upstream = job.upstream ? job.upstream[row] : 1.0;
-    this->set_row(i, sums, s_ce, double(top), kPerRow ? 1.0 : upstream);
+    this->set_row(i, sums, s_ce, kPerRow ? 1.0 : upstream);
+    if (this->own_ce() || !job.has_ce)
+      this->set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(top));
     up[i] = T(upstream);
     for (int64_t at = i * K; at < (i + 1) * K; ++at) {
       mix[at] = r[at] / T(n);
@@ -125,10 +121,29 @@ struct Wide : Rows<T> {
     }
   }
 
+  // exp(X) and its sum, for the cross entropy where 1 is not one of the inverse temperatures
+  double unscaled(int64_t i) {
+    const T* const x = X + i * this->Cp;
+    T* const e = this->one + i * this->Cp;
+    double sum = 0;
+    for (int64_t j0 = 0; j0 < this->Cp; j0 += kFlushVectors * W) {
+      V part{};
+      for (int64_t j = j0; j < this->Cp && j < j0 + kFlushVectors * W; j += W) {
+        const V v = exp_nonpositive(load<V>(x + j));
+        store(e + j, v);
+        part += v;
+      }
+      sum += double(sum_lanes<T>(part));
+    }
+    return sum;
+  }
+
   // off holds S; it becomes the deviation of log S from its mean over the cluster
   void centre() {
     for (int64_t at = 0; at < n * K; at += Simd<double>::width)
       store(off + at, log_positive(load<Vec<double>>(off + at)));
+    if (job.has_ce && job.ce_index >= 0)
+      for (int64_t i = 0; i < n; ++i) this->set_entropy(i, off[i * K + job.ce_index], double(tops[i]));
     for (int k = 0; k < K; ++k) {
       double mean = 0;
       for (int64_t i = 0; i < n; ++i) mean += off[i * K + k];
@@ -147,7 +162,7 @@ struct Wide : Rows<T> {
       const int p = job.power0 + k0;
       const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
       T* const l = L + (slot * K + k0) * cols - begin;
-      T* const mean_to = Q + (slot * K + k0) * cols - begin;
+      T* const mean_to = (kCareful ? Q : L) + (slot * K + k0) * cols - begin;
       T* const rho_to = rho + (slot * K + k0) * cols - begin;
       for (int64_t j = begin; j < end; j += W) {
         V mean[N] = {}, weighted[N] = {};
@@ -157,11 +172,11 @@ struct Wide : Rows<T> {
           for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
             V part[N] = {}, part_up[N] = {};
             for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
-              V ex[N];
-              exponentials<kSource, N>(from + i * row_stride + j, Cp, ai, p, ex);
+              Exponentials<kSource, T> ex(from + i * row_stride + j, Cp, ai, p);
               for (int k = 0; k < N; ++k) {
-                part[k] += ex[k] * mix[i * K + k0 + k];
-                if constexpr (kPerRow) part_up[k] += ex[k] * mix_up[i * K + k0 + k];
+                const V e = ex.at(k);
+                part[k] += e * mix[i * K + k0 + k];
+                if constexpr (kPerRow) part_up[k] += e * mix_up[i * K + k0 + k];
               }
             }
             for (int k = 0; k < N; ++k) {
@@ -171,12 +186,22 @@ struct Wide : Rows<T> {
           }
         }
         for (int k = 0; k < N; ++k) {
-          const auto vanished =
-              mean[k] < kSmallestNormal<T>;  // then so have all its P, which multiply L below
-          const V log_q = log_positive(mean[k]) + log_mean[k0 + k];
-          store(l + k * cols + j, vanished ? splat(kGiven ? T(-__builtin_inf()) : T(0)) : log_q);
-          if constexpr (kCareful) store(mean_to + k * cols + j, mean[k]);
-          if constexpr (kPerRow) store(rho_to + k * cols + j, vanished ? V{} : weighted[k] / mean[k]);
+          store(mean_to + k * cols + j, mean[k]);
+          if constexpr (kPerRow)  // where the mean vanished, so have all its P, which multiply this
+            store(rho_to + k * cols + j, mean[k] < kSmallestNormal<T> ? V{} : weighted[k] / mean[k]);
+        }
+      }
+      // apart from the sums, so that many logarithms are under way at a time
+      for (int k = 0; k < N; ++k) {
+        const T shift = log_mean[k0 + k];
+        for (int64_t j = begin; j < end; j += W) {
+          const V mean = load<V>(mean_to + k * cols + j), log_q = log_positive(mean) + shift;
+          store(l + k * cols + j,
+                mean < kSmallestNormal<T> ? splat(kGiven ? T(-__builtin_inf()) : T(0)) : log_q);
+        }
+        if (cluster.label >= begin && cluster.label < end) {
+          log_label[k0 + k] = l[k * cols + cluster.label];
+          if constexpr (kPerRow) rho_label[k0 + k] = rho_to[k * cols + cluster.label];
         }
       }
     });
@@ -211,20 +236,20 @@ struct Wide : Rows<T> {
       for (int64_t j = begin; j < end; j += W) {
         const V v = load<V>(x + j);
         V g = k0 == 0 ? V{} : load<V>(g_to + j);
-        V ex[N];
-        exponentials<kSource, N>(from + j, Cp, ak, p, ex);
+        Exponentials<kSource, T> ex(from + j, Cp, ak, p);
         for (int k = 0; k < N; ++k) {
+          const V e = ex.at(k);
           V t = ak[k] * v - load<V>(l + k * cols + j);
           if constexpr (kCareful) {
             t -= shift[k];
-            const V mean = load<V>(mean_of + k * cols + j), prob = ex[k] * soft[k];
+            const V mean = load<V>(mean_of + k * cols + j), prob = e * soft[k];
             const V positive = mean * psi(t, prob / mean);
             // P = 0 contributes Q; with a given Q = 0 under P > 0 the divergence is infinite
             kl[k] += prob == T(0) ? mean : mean == T(0) ? splat(T(__builtin_inf())) : positive;
           }
           if constexpr (kPerRow) t = gain * t - load<V>(rho_of + k * cols + j);
-          V pt = ex[k] * t;
-          if constexpr (kGiven) pt = ex[k] == T(0) ? V{} : pt;
+          V pt = e * t;
+          if constexpr (kGiven) pt = e == T(0) ? V{} : pt;
           h[k] += pt;
           g += scale[k] * pt;
         }
@@ -239,19 +264,41 @@ struct Wide : Rows<T> {
   }
 
   void flush(int64_t i) {
-    for (int64_t at = i * K; at < (i + 1) * K; ++at) {
-      h_sum[at] += double(sum_lanes<T>(h_acc[at]));
-      h_acc[at] = V{};
-      if constexpr (kCareful) kl_sum[at] += double(sum_lanes<T>(kl_acc[at])), kl_acc[at] = V{};
-    }
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value;
+      const int64_t at = i * K + k0;
+      V lanes[N], kl_lanes[N];
+      for (int k = 0; k < N; ++k) lanes[k] = h_acc[at + k], h_acc[at + k] = V{};
+      add_lanes<T, N>(lanes, h_sum + at);
+      if constexpr (kCareful) {
+        for (int k = 0; k < N; ++k) kl_lanes[k] = kl_acc[at + k], kl_acc[at + k] = V{};
+        add_lanes<T, N>(kl_lanes, kl_sum + at);
+      }
+    });
   }
 
-  double divergence(int64_t i, int k) const {
-    const int64_t at = i * K + k;
-    if constexpr (kCareful) return kl_sum[at];
-    const double kl = h_sum[at] * double(r[at]) - off[at];
-    if constexpr (kGiven) return kl + given_excess(k);
-    return kl;
+  // q, what P_k is multiplied by in the gradient, of every row; in float also KL, which takes the place of
+  // off. False: float cannot resolve this cluster.
+  bool divergences() {
+    if constexpr (kGiven && !kCareful)
+      for (int k = 0; k < K; ++k) excess[k] = given_excess(k);
+    for (int k = 0; k < K && !kCareful; ++k) mean_kl[k] = 0;
+    for (int64_t i = 0; i < n; ++i)
+      by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
+        constexpr int N = decltype(width)::value;
+        const int64_t at = i * K + k0;
+        const auto h = doubles<N>(h_sum + at) * doubles<N>(r + at);
+        store_doubles<N>(q + at, doubles<N>(c + at) * h);
+        if constexpr (!kCareful) {
+          auto value = h - doubles<N>(off + at);
+          if constexpr (kGiven) value += doubles<N>(excess + k0);
+          store_doubles<N>(off + at, value);
+          store_doubles<N>(mean_kl + k0, doubles<N>(mean_kl + k0) + value);
+        }
+      });
+    for (int k = 0; k < K && !kCareful; ++k)
+      if ((job.w[k] != 0 || job.kl) && mean_kl[k] < kRedoBelow * double(n)) return false;
+    return true;
   }
 
   double given_excess(int k) const {  // sum_j Q - 1: zero for a distribution
@@ -261,24 +308,35 @@ struct Wide : Rows<T> {
     return sum - 1;
   }
 
-  // Whether float cannot resolve this cluster.
-  bool collapsed() const {
-    for (int k = 0; k < K; ++k) {
-      if (job.w[k] == 0 && !job.kl) continue;
-      double mean = 0;
-      for (int64_t i = 0; i < n; ++i) mean += divergence(i, k);
-      if (mean < kRedoBelow * double(n)) return true;
+  // The gradient at the label, in double from the logit itself: the error that a power multiplies, and the
+  // one of t, show most where the probability is large.
+  double label_entry(int64_t i) const {
+    constexpr int D = Simd<double>::width;
+    using VD = Vec<double>;
+    const int64_t row = cluster.rows[i], at = i * K;
+    const double logit =
+        element(job.logits, job.storage, row * job.row_stride + cluster.label * job.col_stride);
+    const double floor = double(kVanishes<T>) / job.a[0];
+    const double x = logit - double(tops[i]) < floor ? floor : logit - double(tops[i]);
+    double sum = 0, p_ce = 0;
+    for (int k0 = 0; k0 < K; k0 += D) {
+      const VD ax = Convert<double, T>::from(a + k0) * x, e = exp_nonpositive(ax);
+      VD t = ax - Convert<double, T>::from(log_label + k0);
+      if constexpr (kCareful) t -= load<VD>(off + at + k0);
+      if constexpr (kPerRow) t = double(up[i]) * t - Convert<double, T>::from(rho_label + k0);
+      VD part = e * (Convert<double, T>::from(c + at + k0) * t - Convert<double, T>::from(q + at + k0));
+      if constexpr (kGiven) part = e == 0.0 ? VD{} : part;
+      if (job.ce_index >= k0 && job.ce_index < k0 + D) p_ce = e[job.ce_index - k0];
+      if (k0 + D <= K)
+        sum += sum_lanes<double>(part);
+      else
+        for (int k = 0; k0 + k < K; ++k) sum += part[k];
     }
-    return false;
-  }
-
-  void summarise(int64_t i) {
-    double total = 0;
-    for (int k = 0; k < K; ++k) {
-      q[i * K + k] = c[i * K + k] * T(h_sum[i * K + k] * double(r[i * K + k]));
-      this->report(i, k, divergence(i, k), total);
-    }
-    if (job.row_cmi) job.row_cmi[cluster.rows[i]] = total;
+    if (!job.has_ce) return sum;
+    const RowEntropy e = row_entropy(job, row, cluster.label);
+    if (this->own_ce()) p_ce = exp_nonpositive(splat<double>(x))[0];
+    p_ce *= double(this->r_ce[i]);
+    return sum + (e.probability * p_ce - e.one_hot - e.smooth * class_weight(job, cluster.label));
   }
 
   // Returns false, with no gradient written, when the cluster has to be done again in double.
@@ -289,10 +347,10 @@ struct Wide : Rows<T> {
     this->by_tile(
         team, [&](int64_t t, int64_t slot) { centroid<kSource>(t, slot); },
         [&](int64_t i, int64_t t, int64_t slot) { accumulate<kSource>(i, t, slot); });
-    if (!kCareful && collapsed()) return false;
+    if (!divergences()) return false;
     each(team, n, [&](int64_t i) {
-      summarise(i);
-      if (job.grad) this->template write_gradient<kSource>(i);
+      this->report(i, (kCareful ? kl_sum : off) + i * K);
+      if (job.grad) this->template write_gradient<kSource>(i, label_entry(i));
     });
     return true;
   }
