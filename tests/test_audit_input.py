@@ -203,6 +203,8 @@ def test_no_such_file_or_student(tmp_path: Path, capsys: pytest.CaptureFixture[s
     file = saved(tmp_path / "teacher.pt")
     assert main([str(file), "--student", "nowhere:make"]) == 2
     assert "--student 'nowhere:make'" in capsys.readouterr().err
+    assert main([str(file), "--student", "math:pi"]) == 2
+    assert "--student 'math:pi' must be a function, got float" in capsys.readouterr().err
     assert main([]) == 2
 
 

@@ -68,6 +68,23 @@ def test_running_statistics_are_refused() -> None:
         audit(data(), make, attacks=["kd-t4"], seeds=2, training=FAST, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("error", "message", "make"),
+    [
+        (ValueError, r"the student does not take batches of rows \(6,\): .*", lambda: nn.Linear(5, 3)),
+        (
+            ValueError,
+            r"must give logits \(2, 3\) for 2 rows \(6,\), got \(2, 4\)",
+            lambda: nn.Linear(6, 4),
+        ),
+        (TypeError, r"must make a torch.nn.Module, got int", lambda: 7),
+    ],
+)
+def test_students_that_do_not_fit(error: type[Exception], message: str, make: Any) -> None:
+    with pytest.raises(error, match=message):
+        audit(data(), make, attacks=["kd-t4"], seeds=2, training=FAST, progress=False)
+
+
 def test_students_of_any_kind() -> None:
     def make() -> nn.Module:
         return nn.Sequential(

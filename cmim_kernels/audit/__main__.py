@@ -112,6 +112,8 @@ def _student(options: argparse.Namespace, data: AuditData) -> StudentFactory:
         raise ValueError(
             f"--student {options.student!r} is neither 'mlp' nor a MODULE:FUNCTION: {error}"
         ) from error
+    if not callable(factory):
+        raise ValueError(f"--student {options.student!r} must be a function, got {type(factory).__name__}")
     return factory
 
 

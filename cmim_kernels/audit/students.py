@@ -79,6 +79,7 @@ class Students:
         device: where they live.
 
     Raises:
+        TypeError: the factory makes something else than a module.
         ValueError: the students keep running statistics, which cannot be updated for stacked weights.
     """
 
@@ -88,14 +89,16 @@ class Students:
         modules = []
         for seed in seeds:
             with seeded(seed):
-                modules.append(factory().to(device))
+                modules.append(factory())
+        if not isinstance(modules[0], nn.Module):
+            raise TypeError(f"student must make a torch.nn.Module, got {type(modules[0]).__name__}")
         for name, module in modules[0].named_modules():
             if isinstance(module, _BatchNorm) and module.track_running_stats:
                 raise ValueError(
                     f"the student's {name or 'module'} keeps running statistics, which students trained "
                     "together cannot; use GroupNorm or LayerNorm, or track_running_stats=False"
                 )
-        params, buffers = stack_module_state(modules)
+        params, buffers = stack_module_state([module.to(device) for module in modules])
         self._params = {
             key: value.detach().repeat(copies, *[1] * (value.dim() - 1)) for key, value in params.items()
         }
@@ -116,6 +119,23 @@ class Students:
         """(S, B, ...) -> logits (R, B, C): copies of one seed see the same rows."""
         inputs = inputs.repeat(self._copies, *[1] * (inputs.dim() - 1))
         return self._forward(self._params, self._buffers, inputs)
+
+    @torch.no_grad()
+    def check(self, inputs: Tensor, classes: int) -> None:
+        """Tries the students on a row or two of inputs (S, N, ...).
+
+        Raises:
+            ValueError: they do not take such rows, or do not give `classes` logits for each.
+        """
+        self._module.eval()
+        some, row = inputs[:, :2], tuple(inputs.shape[2:])
+        try:
+            found = tuple(self(some).shape[1:])
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(f"the student does not take batches of rows {row}: {error}") from error
+        wanted = (some.shape[1], classes)
+        if found != wanted:
+            raise ValueError(f"the student must give logits {wanted} for {wanted[0]} rows {row}, got {found}")
 
     def parameters(self) -> list[Tensor]:
         """The stacked weights, each (R, ...)."""

@@ -26,7 +26,7 @@ class Trainer:
         label_smoothing: the LS student's.
 
     Raises:
-        ValueError: label_smoothing is out of range.
+        TypeError, ValueError: label_smoothing is out of range, or the students do not fit the data.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Trainer:
         self.test_labels = data.per_seed(data.test_labels, S)
         self.logits = data.per_student(data.teachers, S)  # (R, N, C)
         self.label_logits = label_logits(self.labels, data.num_classes, label_smoothing)  # (S, N, C)
+        Students(student, seeds, 1, self.device).check(self.inputs, data.num_classes)
         self._mixtures: tuple[Tensor, Tensor] | None = None
 
     def fingerprint(self) -> str:
