@@ -64,8 +64,16 @@ def test_verdicts() -> None:
         "distillable: 1 of 2 attacks beat the LS student, 1 for certain "
         "(worst: a, +5.0 ± 0.3 points [+4.3, +5.7])"
     )
-    assert made_report(a=WORSE, b=WORSE).verdict("t").startswith("undistillable by these 2 attacks")
-    assert made_report(a=WORSE, leak=BETTER).verdict("t").startswith("undistillable by these 1 attacks")
+    ends = 100 * made_report(a=WORSE).difference("t", "a").high
+    assert (
+        made_report(a=WORSE, b=[0.80] * 6)
+        .verdict("t")
+        .startswith(
+            "undistillable by the attacks tried: none of 2 beats the LS student, intervals end at "
+            f"{ends:+.1f} points (worst: a, "
+        )
+    )
+    assert "none of 1 beats" in made_report(a=WORSE, leak=BETTER, diverged=[math.nan] * 6).verdict("t")
     slightly = [0.901, 0.912, 0.892, 0.900, 0.922, 0.902]  # above zero, but not after 20 attempts
     many = {f"a{i}": WORSE for i in range(19)}
     report = made_report(a=slightly, **many)

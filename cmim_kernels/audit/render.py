@@ -39,14 +39,14 @@ def write_report(report: AuditReport, folder: Path) -> None:
 def to_markdown(report: AuditReport) -> str:
     """The whole report as a Markdown page; differences in percentage points of test accuracy."""
     settings = report.settings
-    shared = "its own data and teachers" if settings["data_per_seed"] else "the same data"
+    runs = "splits, each with its own data and teachers" if settings["data_per_seed"] else "seeds"
     lines = [
         "# Audit: are these teachers undistillable?",
         "",
         *(f"- **{teacher}**: {report.verdict(teacher)}." for teacher in report.teachers),
         "",
         f"The attacker holds {settings['training_rows']} labelled rows of {settings['classes']} classes; "
-        f"{settings['test_rows']} test rows; {len(report.seeds)} seeds, each with {shared}. "
+        f"{settings['test_rows']} test rows; {len(report.seeds)} {runs}. "
         f"LS student (label smoothing {report.label_smoothing:g}): {_accuracy(report.baseline)}. "
         f"Every student: {_training(settings['student_training'])}.",
         "",

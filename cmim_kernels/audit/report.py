@@ -93,12 +93,15 @@ class AuditReport:
 
     def verdict(self, teacher: str) -> str:
         """One sentence: distillable or not by the attacks tried; and the mean difference, standard error and
-        95 % interval of the worst of them.
+        95 % interval of the worst of them. "Undistillable" comes with the highest end of all intervals, which
+        says how little can have been missed.
         """
         worst = self.worst(teacher)
         if worst is None or len(self.seeds) < 2:
             return "undecided: needs at least one attack and two seeds"
-        tried, beaten = len(self.deciding()), self.beaten_by(teacher)
+        differences = [self.difference(teacher, name) for name in self.deciding()]
+        differences = [difference for difference in differences if difference.n > 0]
+        tried, beaten = len(differences), self.beaten_by(teacher)
         certain = len(self.certainly_beaten_by(teacher))
         d = self.difference(teacher, worst)
         mean, error, low, high = (100 * share for share in (d.mean, d.standard_error, d.low, d.high))
@@ -113,7 +116,11 @@ class AuditReport:
                 f"not shown to be distillable: {len(beaten)} of {tried} attacks beat the LS student, none "
                 f"for certain ({at_worst})"
             )
-        return f"undistillable by these {tried} attacks: none beats the LS student ({at_worst})"
+        end = max(difference.high for difference in differences)
+        return (
+            f"undistillable by the attacks tried: none of {tried} beats the LS student, intervals end at "
+            f"{100 * end:+.1f} points ({at_worst})"
+        )
 
     def to_json(self) -> str:
         """The whole report; a share that is not a number is null."""
