@@ -1,12 +1,12 @@
 """Builds the native libraries of cmim_kernels.
 
-`_cpu.so` and, where it is asked for, `_cuda.so` are plain shared libraries that
+`_cpu.so` and, where it can be built, `_cuda.so` are plain shared libraries that
 `torch.ops.load_library` loads. They use PyTorch's stable ABI only, so one binary serves every Python and
 every torch from 2.11 on. They are built against the torch of the environment that the package goes into.
 
-Environment variables: CMIM_KERNELS_CUDA=1 builds the CUDA library too; CUDA_ARCH_LIST ("80 90")
-narrows its architectures; CMIM_KERNELS_WERROR=1 turns warnings into errors; CXX, CXXFLAGS, LDFLAGS, CUDA_HOME
-and MAX_JOBS as usual.
+Environment variables: CMIM_KERNELS_CUDA=1 builds the CUDA library or fails, 0 leaves it out, unset it is
+built where torch is a CUDA build and nvcc is there; CUDA_ARCH_LIST ("80 90") narrows its architectures;
+CMIM_KERNELS_WERROR=1 turns warnings into errors; CXX, CXXFLAGS, LDFLAGS, CUDA_HOME and MAX_JOBS as usual.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ VARIANTS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS["avx2"] = ["-march=x86-64-v3"]
     VARIANTS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+OLDEST_CUDA = (12, 0)
+USUAL_CUDA_HOME = "/usr/local/cuda"
 CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 
 
@@ -90,18 +92,42 @@ def find_torch() -> Torch:
 def find_cuda_home() -> Path | None:
     """The CUDA toolkit's folder: CUDA_HOME, else nvcc's on PATH, else /usr/local/cuda."""
     nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
-    return next((Path(c) for c in candidates if c and (Path(c) / "bin" / "nvcc").is_file()), None)
+    candidates = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], USUAL_CUDA_HOME]
+    folders = [Path(c) for c in candidates if c]
+    # nvcc on PATH may be a script that calls the one of another folder
+    whole = [f for f in folders if (f / "bin/nvcc").is_file() and (f / "include/cuda_runtime.h").is_file()]
+    return whole[0] if whole else None
 
 
-def wants_cuda() -> bool:
-    """Only by CMIM_KERNELS_CUDA=1 until the kernels have run on a device; never decided by a visible GPU."""
+def cuda_version(home: Path) -> tuple[int, int]:
+    nvcc = str(home / "bin" / "nvcc")
+    said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    numbers = re.search(r"release (\d+)\.(\d+)", said)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
+
+def why_no_cuda() -> str | None:
+    """What the CUDA library cannot be built for; never whether there is a GPU."""
+    home = find_cuda_home()
+    if home is None:
+        return "there is no nvcc with its headers: set CUDA_HOME or put nvcc on PATH"
+    if cuda_version(home) < OLDEST_CUDA:
+        oldest, found = (".".join(map(str, v)) for v in (OLDEST_CUDA, cuda_version(home)))
+        return f"{home} holds CUDA {found}, {oldest} or later is needed"
+    return None
+
+
+def wants_cuda(torch: Torch) -> bool:
+    """CMIM_KERNELS_CUDA=1 or 0 decides; unset, whether torch is a CUDA build and there is an nvcc."""
     setting = os.environ.get("CMIM_KERNELS_CUDA", "")
     if setting not in ("", "0", "1"):
         raise SystemExit(f"CMIM_KERNELS_CUDA must be 0, 1 or unset, not {setting!r}.")
-    if setting == "1" and find_cuda_home() is None:
-        raise SystemExit("CMIM_KERNELS_CUDA=1, but there is no nvcc: set CUDA_HOME or put nvcc on PATH.")
-    return setting == "1"
+    if setting == "1":
+        why = why_no_cuda()
+        if why is not None:
+            raise SystemExit(f"CMIM_KERNELS_CUDA=1, but {why}.")
+        return True
+    return setting == "" and torch.cuda is not None and why_no_cuda() is None
 
 
 def cuda_architecture_flags(nvcc: Path) -> list[str]:
@@ -145,11 +171,15 @@ class NinjaFile:
         self.text += f"build {self.path(target)}: link {inputs}\n  cmd = {self.command(command)}\n"
         self.text += f"  libs = {self.command(libraries)}\n"
 
-    def run(self) -> None:
+    def write(self) -> list[str]:
+        """Writes the file; returns the command that does what it says."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text(self.text)
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        if subprocess.run([sys.executable, "-m", "ninja", "-C", str(self.folder), *jobs]).returncode:
+        return [sys.executable, "-m", "ninja", "-C", str(self.folder), *jobs]
+
+    def run(self) -> None:
+        if subprocess.run(self.write()).returncode:
             raise SystemExit(
                 "cmim_kernels: the native libraries did not compile, see the compiler's messages above."
             )
@@ -192,12 +222,19 @@ def add_cuda_library(ninja: NinjaFile, target: Path, torch: Torch) -> None:
     home = find_cuda_home()
     assert home is not None  # wants_cuda looked
     nvcc = home / "bin" / "nvcc"
-    device = [str(nvcc), "-O3", "-std=c++17", f"-I{CSRC}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    device += cuda_architecture_flags(nvcc)
-    host = [*compiler(), *CXXFLAGS, f"-I{CSRC}", "-isystem", str(home / "include"), "-DUSE_CUDA"]
-    host += [*torch.definitions(), *torch.includes(), *extra_flags("CXXFLAGS")]
+    device = [str(nvcc), "-O3", "-std=c++17", f"-I{CSRC}", *cuda_architecture_flags(nvcc)]
+    device += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+    if len(compiler()) == 1:  # a command with arguments is none that nvcc could call
+        device += [f"-ccbin={compiler()[0]}"]
+    host = [*compiler(), *CXXFLAGS, f"-I{CSRC}", "-isystem", str(home / "include")]
+    if os.environ.get("CMIM_KERNELS_WERROR") == "1":
+        device += ["-Werror=all-warnings", "-Xcompiler=-Werror"]
+        host += ["-Werror"]
+    binding = [*host, "-DUSE_CUDA", *torch.definitions(), *torch.includes()]
     objects = [ninja.compile(s, f"cuda_{s.stem}", device) for s in sorted((CSRC / "cuda").glob("*.cu"))]
-    objects += [ninja.compile(s, f"cuda_{s.stem}", host) for s in sorted((CSRC / "cuda").glob("*.cpp"))]
+    for source in sorted((CSRC / "cuda").glob("*.cpp")):
+        command = binding if source.stem == "binding" else host  # the only one that knows of torch
+        objects.append(ninja.compile(source, f"cuda_{source.stem}", [*command, *extra_flags("CXXFLAGS")]))
     # A CPU-only torch has no libtorch_cuda: a build forced there shows only that the sources compile.
     torch_libraries = ["-ltorch_cpu"] + (["-ltorch_cuda"] if torch.cuda else [])
     cudart = [f"-L{home / 'lib64'}", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
@@ -209,7 +246,7 @@ class BuildLibraries(build_ext):
 
     def run(self) -> None:
         self.torch = find_torch()
-        if wants_cuda():
+        if wants_cuda(self.torch):
             self.extensions.append(Extension("cmim_kernels._cuda", sources=[]))
         super().run()
 
@@ -241,7 +278,8 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[Extension("cmim_kernels._cpu", sources=[])],
-    cmdclass={"build_ext": BuildLibraries, "dist_info": Metadata, "bdist_wheel": Wheel},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("cmim_kernels._cpu", sources=[])],
+        cmdclass={"build_ext": BuildLibraries, "dist_info": Metadata, "bdist_wheel": Wheel},
+    )

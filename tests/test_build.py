@@ -15,6 +15,7 @@ import pytest
 import setuptools
 
 import cmim_kernels
+import setup
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,16 +90,93 @@ def test_metadata_needs_no_compiler(empty_environment: Path, torch_version: str,
 
 
 @pytest.mark.parametrize("torch_version", ["2.11.0+cu128"], indirect=True)
-@pytest.mark.parametrize(("setting", "says"), [("1", "there is no nvcc"), ("yes", "must be 0, 1 or unset")])
-def test_forcing_cuda(
-    empty_environment: Path, torch_version: str, setting: str, says: str, tmp_path: Path
+def test_the_cuda_setting_is_refused_where_it_means_nothing(
+    empty_environment: Path, torch_version: str, tmp_path: Path
 ) -> None:
-    if setting == "1" and (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
-        pytest.skip("this machine has nvcc")
-    result = run_setup(
-        empty_environment, "build_ext", "--build-lib", str(tmp_path), CMIM_KERNELS_CUDA=setting
-    )
-    assert says in the_only_line(result)
+    result = run_setup(empty_environment, "build_ext", "--build-lib", str(tmp_path), CMIM_KERNELS_CUDA="yes")
+    assert "must be 0, 1 or unset" in the_only_line(result)
+
+
+class TestCuda:
+    """Whether the CUDA library is built, and for what: by setup.py's functions, with a toolkit of paper."""
+
+    @pytest.fixture(autouse=True)
+    def no_toolkit(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for name in ("CUDA_HOME", "CUDA_ARCH_LIST", "CMIM_KERNELS_CUDA"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(setup, "USUAL_CUDA_HOME", str(tmp_path / "nowhere"))
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+    def toolkit(self, folder: Path, release: str = "13.0", headers: bool = True) -> Path:
+        (folder / "bin").mkdir(parents=True)
+        nvcc = folder / "bin" / "nvcc"
+        said = f"release {release}" if release else ""
+        architectures = " ".join(f"compute_{n}" for n in (75, 80, 90, 100))
+        nvcc.write_text(
+            f'#!/bin/sh\nif [ "$1" = --version ]; then echo {said}; else echo {architectures}; fi\n'
+        )
+        nvcc.chmod(0o755)
+        if headers:
+            (folder / "include").mkdir()
+            (folder / "include" / "cuda_runtime.h").touch()
+        return folder
+
+    def torch(self, cuda: str | None) -> setup.Torch:
+        return setup.Torch(Path("torch"), "2.13.0", cuda)
+
+    def test_by_itself_only_for_a_cuda_torch_with_a_toolkit(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        assert not setup.wants_cuda(self.torch("13.0"))
+        monkeypatch.setenv("CUDA_HOME", str(self.toolkit(tmp_path / "cuda")))
+        for visible in ("", "0", "-1"):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+            assert setup.wants_cuda(self.torch("13.0"))
+            assert not setup.wants_cuda(self.torch(None))
+
+    def test_forced(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("CMIM_KERNELS_CUDA", "1")
+        with pytest.raises(SystemExit, match="there is no nvcc"):
+            setup.wants_cuda(self.torch("13.0"))
+        monkeypatch.setenv("CUDA_HOME", str(self.toolkit(tmp_path / "cuda")))
+        assert setup.wants_cuda(self.torch(None))
+        monkeypatch.setenv("CMIM_KERNELS_CUDA", "0")
+        assert not setup.wants_cuda(self.torch("13.0"))
+
+    def test_an_old_toolkit(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("CUDA_HOME", str(self.toolkit(tmp_path / "cuda", release="11.8")))
+        assert not setup.wants_cuda(self.torch("11.8"))
+        monkeypatch.setenv("CMIM_KERNELS_CUDA", "1")
+        with pytest.raises(SystemExit, match=r"holds CUDA 11\.8, 12\.0 or later is needed"):
+            setup.wants_cuda(self.torch("11.8"))
+
+    def test_a_script_on_the_path_is_no_toolkit(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        script = self.toolkit(tmp_path / "scripts", headers=False)
+        monkeypatch.setenv("PATH", str(script / "bin"))
+        assert setup.find_cuda_home() is None
+        whole = self.toolkit(tmp_path / "cuda")
+        monkeypatch.setattr(setup, "USUAL_CUDA_HOME", str(whole))
+        assert setup.find_cuda_home() == whole
+
+    def test_architectures(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        nvcc = self.toolkit(tmp_path / "cuda") / "bin" / "nvcc"
+        monkeypatch.setenv("PATH", "/usr/bin:/bin")
+        known = ["80", "90", "100"]
+        expected = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in known]
+        assert setup.cuda_architecture_flags(nvcc) == [
+            *expected,
+            "-gencode=arch=compute_100,code=compute_100",
+        ]
+        monkeypatch.setenv("CUDA_ARCH_LIST", "9.0;12.0")
+        assert setup.cuda_architecture_flags(nvcc) == [
+            "-gencode=arch=compute_90,code=sm_90",
+            "-gencode=arch=compute_90,code=compute_90",
+        ]
+        monkeypatch.setenv("CUDA_ARCH_LIST", "70")
+        with pytest.raises(SystemExit, match="none of the architectures 70"):
+            setup.cuda_architecture_flags(nvcc)
 
 
 def test_the_build_asks_for_no_torch() -> None:

@@ -151,8 +151,6 @@ __device__ inline void build_tables(Block<T>& b, Form& form, const Tiling& t, in
                                     bool with_centroid) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
-  // 1/n rounded would be off by the same part everywhere, and so would KL
-  const A scale = A(1) / A(b.count), rest = fma(-scale, A(b.count), A(1)) * scale;
 #pragma unroll 1
   for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
     if (!b.in_chunk(wanted, k0)) continue;
@@ -160,9 +158,9 @@ __device__ inline void build_tables(Block<T>& b, Form& form, const Tiling& t, in
     sum_over_rows<Form>(
         b, form, t, c0, k0, wanted, static_cast<const A*>(nullptr), raw, [&](int k, int column) {
           A* const at = raw + k * t.columns + column;
-          const A sum = *at;
           k += k0;
-          const A mean = fma(sum, scale, sum * rest);
+          // divided, not multiplied by 1/n: that would be off by the same part everywhere, and so would KL
+          const A mean = *at / A(b.count);
           if constexpr (Form::kForm == kCentred) {
             *at = log1p_of(mean);
             const int j = c0 + column;

@@ -7,10 +7,17 @@
 namespace cmim::cuda {
 namespace {
 
+// Whether the class's divergences count. Asked again rather than kept: registers are scarce.
+template <class T>
+__device__ bool is_cluster(const Block<T>& b) {
+  return b.q.has_cmi && (b.count > 1 || (b.count == 1 && b.q.centroids));
+}
+
 // From the rows' statistics to their divergences, in the form that each temperature needs, and their sums.
 template <class T>
-__device__ void fused_divergences(Block<T>& b, const Forward<typename T::A>& f, bool cluster) {
+__device__ void fused_divergences(Block<T>& b, const Forward<typename T::A>& f) {
   const int classes = b.q.classes;
+  const bool cluster = is_cluster(b);
   auto* const kl = f.partial;
   if (cluster && b.q.centroids) {
     divergences<Given<T>>(b, b.tiling(Given<T>::kTables), 0, classes, b.every_temperature(), kl);
@@ -43,13 +50,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     b.set_class(found.first, found.count, 0);
     if (threadIdx.x == 0 && blockIdx.x == 0) f.found[kBadLabels] = found.invalid;
   }
-  const bool cluster = q.has_cmi && (b.count > 1 || (b.count == 1 && q.centroids));
   if (b.count > 0) {
     b.bring_rows();
-    row_statistics(b, b.count, cluster, f.ce);
+    row_statistics(b, b.count, is_cluster(b), f.ce);
   }
-  fused_divergences(b, f, cluster);
-  if (q.reduction == kNone) store_rows(b, f, cluster ? f.partial : nullptr);
+  fused_divergences(b, f);
+  if (q.reduction == kNone) store_rows(b, f, is_cluster(b) ? f.partial : nullptr);
   if (threadIdx.x == 0) {
     const int slot = blockIdx.x;
     p.saved.first[slot] = b.first, p.saved.count[slot] = b.count;

@@ -109,7 +109,6 @@ __device__ inline void build_gradient_tables(Block<T>& b, const Tiling& t, int c
                                              const typename T::A* upstream) {
   using A = typename T::A;
   const uint64_t all = b.every_temperature();
-  const A scale = A(1) / A(b.count);
   A* const rho = b.table() + b.q.padded * t.columns;
   const auto build = [&](auto form, uint64_t wanted) {
     using F = decltype(form);
@@ -121,7 +120,7 @@ __device__ inline void build_gradient_tables(Block<T>& b, const Tiling& t, int c
       const int from = k0 * t.columns;
       sum_over_rows<F>(b, form, t, c0, k0, wanted, upstream, rho + from, [&](int k, int column) {
         const int at = from + k * t.columns + column;
-        rho[at] *= scale * exp_of(-b.table()[at]);
+        rho[at] *= exp_of(-b.table()[at]) / A(b.count);
       });
     }
   };

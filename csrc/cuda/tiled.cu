@@ -316,7 +316,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
       [&](int, int part, const Share& share) {
         const Tiling t = b.tiling(1, share.lanes);
         const int64_t label = b.label();
-        const A scale = A(1) / A(b.count);
         Plain<T> form;
 #pragma unroll 1
         for (int c0 = share.begin; c0 < share.end; c0 += t.columns)
@@ -328,7 +327,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
                             if (j >= q.classes) return;
                             const A sum = b.table()[k * t.columns + column];
                             f.centroids[(q.order[k0 + k] * q.classes + label) * q.classes + j] =
-                                sum * scale / b.saved.sum[b.statistic(0, k0 + k)];
+                                sum / (A(b.count) * b.saved.sum[b.statistic(0, k0 + k)]);
                           });
         if (threadIdx.x == 0 && part == 0) f.counts[label] = b.count;
       });
