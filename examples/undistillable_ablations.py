@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import digits_common as common
+import torch
 import undistillable_digits as digits
 from matplotlib.figure import Figure
 from undistillable_digits import Recipe
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/ablations"))
     options = parser.parse_args()
 
+    torch.set_num_threads(1)  # as undistillable_digits.py
     teachers = digits.train_teachers(VARIANTS, options.splits, options.steps)
     report = audit(
         digits.attacker_data(teachers),

@@ -270,6 +270,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     if not 10 <= options.labelled <= 800:
         parser.error("--labelled must lie in [10, 800], the teachers' training images")
 
+    torch.set_num_threads(1)  # tensors so small gain nothing from a second one
     teachers = train_teachers(RECIPES, options.splits, options.steps)
     data = attacker_data(teachers, options.labelled)
     training = dataclasses.replace(STUDENT_TRAINING, steps=options.student_steps)
