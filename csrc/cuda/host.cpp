@@ -108,8 +108,8 @@ void allow_shared_memory(const void* kernel, int device, int bytes) {
   const std::lock_guard<std::mutex> lock(mutex());
   int& before = allowed[kernel][device];
   if (before >= bytes) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "asking for " + std::to_string(bytes) + " bytes of shared memory");
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) fail(error, "asking for " + std::to_string(bytes) + " bytes of shared memory");
   before = bytes;
 }
 

@@ -9,13 +9,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "problem.h"
-
 namespace cmim::cuda {
 
-inline void check(cudaError_t error, const std::string& what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error("cmim_kernels: " + what + ": " + cudaGetErrorString(error));
+[[noreturn]] inline void fail(cudaError_t error, const std::string& what) {
+  throw std::runtime_error("cmim_kernels: " + what + ": " + cudaGetErrorString(error));
+}
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) fail(error, what);
 }
 
 struct DeviceLimits {
@@ -44,17 +44,5 @@ int64_t* bad_label_word();
 
 // Allows a kernel the shared memory it asks for; once for each kernel and device.
 void allow_shared_memory(const void* kernel, int device, int bytes);
-
-template <class P>
-inline void launch(void (*kernel)(P), int blocks, int shared_bytes, cudaStream_t stream, const P& p,
-                   const std::string& shape) {
-  allow_shared_memory(reinterpret_cast<const void*>(kernel), current_device().index, shared_bytes);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = size_t(shared_bytes);
-  config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, p), "launching a kernel for " + shape);
-}
 
 }  // namespace cmim::cuda

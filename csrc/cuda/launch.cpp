@@ -50,11 +50,6 @@ bool aligned(const void* p, int64_t stride_bytes, size_t to) {
   return reinterpret_cast<uintptr_t>(p) % to == 0 && stride_bytes % int64_t(to) == 0;
 }
 
-std::string shape(const Call& call) {
-  return "logits (" + std::to_string(call.rows) + ", " + std::to_string(call.classes) + "), " +
-         std::to_string(call.a.size()) + " temperatures";
-}
-
 int slots(const Call& call) {
   return int(std::min(call.rows, call.classes));
 }
@@ -139,6 +134,21 @@ class Parts {
   int64_t bytes_ = 0;
 };
 
+template <class P>
+void launch(Kernel<P> kernel, int blocks, int shared_bytes, cudaStream_t stream, const P& p,
+            const Call& call) {
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), current_device().index, shared_bytes);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, p);
+  if (error != cudaSuccess)
+    fail(error, "launching a kernel for logits (" + std::to_string(call.rows) + ", " +
+                    std::to_string(call.classes) + "), " + std::to_string(call.a.size()) + " temperatures");
+}
+
 // Bytes of shared memory of a block that has a Block
 template <class A>
 int block_bytes(const ForwardLaunch<A>& p) {
@@ -147,6 +157,11 @@ int block_bytes(const ForwardLaunch<A>& p) {
 constexpr int kSmallShared = 1024;  // and of one that has none: reductions only
 
 std::atomic<Path> g_path{Path::automatic};
+
+// Tiles of the columns of a class that is cut into narrow ones, see share_of()
+int64_t narrow_tiles(const Call& call) {
+  return (call.classes + kNarrowLanes * kVector - 1) / (kNarrowLanes * kVector);
+}
 
 // How the forward kernels share a call out over the device.
 struct Plan {
@@ -165,8 +180,8 @@ struct Plan {
 
   // Sums of parts take less memory than a quarter of the logits' elements.
   static int most_parts(const Call& call, const Choice& choice, int items) {
-    const int64_t narrow = (call.classes + kNarrowLanes * kVector - 1) / (kNarrowLanes * kVector);
-    return int(std::clamp<int64_t>(std::min(narrow, call.classes / (4 * choice.padded)), 1, items));
+    const int64_t most = std::min(narrow_tiles(call), call.classes / (4 * choice.padded));
+    return int(std::clamp<int64_t>(most, 1, items));
   }
 };
 
@@ -227,28 +242,32 @@ int grid(int64_t items) {
 // The launches that tell the rows of each class and their statistics
 template <class A>
 void launch_statistics(const TiledKernels<A>& kernels, const ForwardLaunch<A>& p, const Plan& plan,
-                       cudaStream_t stream, const std::string& shape) {
-  launch(kernels.count_classes, plan.finders, kSmallShared, stream, p, shape);
-  launch(kernels.list_classes, plan.finders, kSmallShared, stream, p, shape);
-  launch(kernels.statistics, grid(p.problem.rows), block_bytes<A>(p), stream, p, shape);
+                       cudaStream_t stream, const Call& call) {
+  launch(kernels.count_classes, plan.finders, kSmallShared, stream, p, call);
+  launch(kernels.list_classes, plan.finders, kSmallShared, stream, p, call);
+  launch(kernels.statistics, grid(p.problem.rows), block_bytes<A>(p), stream, p, call);
 }
 
 template <class T, class A = typename T::A>
-void forward_tiled(const ForwardLaunch<A>& p, const Plan& plan, cudaStream_t stream,
-                   const std::string& shape) {
+void forward_tiled(const ForwardLaunch<A>& p, const Plan& plan, cudaStream_t stream, const Call& call) {
   const TiledKernels<A> kernels = tiled_kernels<T>();
   const int items = grid(int64_t(p.problem.slots) * plan.parts), classes = grid(p.problem.slots);
   const int bytes = block_bytes<A>(p);
-  launch_statistics(kernels, p, plan, stream, shape);
-  if (p.problem.has_cmi) launch(kernels.divergences, items, bytes, stream, p, shape);
-  launch(kernels.sum_classes, classes, bytes, stream, p, shape);
+  launch_statistics(kernels, p, plan, stream, call);
+  if (p.problem.has_cmi) launch(kernels.divergences, items, bytes, stream, p, call);
+  launch(kernels.sum_classes, classes, bytes, stream, p, call);
   if (p.problem.has_cmi && !p.problem.centroids) {
-    launch(kernels.centred_parts, items, bytes, stream, p, shape);
-    launch(kernels.growths, classes, bytes, stream, p, shape);
-    launch(kernels.centred_divergences, items, bytes, stream, p, shape);
-    launch(kernels.sum_again, classes, bytes, stream, p, shape);
+    launch(kernels.centred_parts, items, bytes, stream, p, call);
+    launch(kernels.growths, classes, bytes, stream, p, call);
+    launch(kernels.centred_divergences, items, bytes, stream, p, call);
+    launch(kernels.sum_again, classes, bytes, stream, p, call);
   }
-  launch(kernels.value, plan.finders, kSmallShared, stream, p, shape);
+  launch(kernels.value, plan.finders, kSmallShared, stream, p, call);
+}
+
+// What class_centroids() needs of Saved, up to the next multiple of 16 bytes
+int64_t saved_in_scratch(const Call& call) {
+  return (saved_elements(call.rows, int64_t(call.a.size())) + 3) / 4 * 4;
 }
 
 }  // namespace
@@ -267,7 +286,7 @@ int64_t forward_scratch(const Call& call) {
 }
 
 int64_t centroids_scratch(const Call& call) {
-  return forward_elements(call, true) + saved_elements(call.rows, int64_t(call.a.size()));
+  return forward_elements(call, true) + saved_in_scratch(call);
 }
 
 int64_t backward_scratch(const Call& call) {
@@ -286,10 +305,10 @@ void forward(const Call& call, const SortedTargets& sorted, void* value, void* s
     ForwardLaunch<A> p = forward_launch<A>(call, sorted, choice, plan, saved, memory);
     Forward<A>& f = p.forward;
     f.value = static_cast<A*>(value);
-    if (plan.tiled) return forward_tiled<T>(p, plan, stream, shape(call));
+    if (plan.tiled) return forward_tiled<T>(p, plan, stream, call);
     f.ticket = ticket(device, stream, f.ticket);
     f.chip_bytes = device.room_for_rows(block_bytes<A>(p), slots(call));
-    launch(fused_kernel<T>(), slots(call), block_bytes<A>(p), stream, p, shape(call));
+    launch(fused_kernel<T>(), slots(call), block_bytes<A>(p), stream, p, call);
   });
 }
 
@@ -302,14 +321,13 @@ void class_centroids(const Call& call, const SortedTargets& sorted, void* centro
     using A = typename T::A;
     Parts memory(scratch);
     A* saved = nullptr;
-    memory.take(saved, saved_elements(call.rows, int64_t(call.a.size())));
+    memory.take(saved, saved_in_scratch(call));
     ForwardLaunch<A> p = forward_launch<A>(call, sorted, choice, plan, saved, memory);
     p.forward.centroids = static_cast<A*>(centroids), p.forward.counts = counts;
     const TiledKernels<A> kernels = tiled_kernels<T>();
-    launch_statistics(kernels, p, plan, stream, shape(call));
-    launch(kernels.centroids, grid(int64_t(slots(call)) * plan.parts), block_bytes<A>(p), stream, p,
-           shape(call));
-    launch(kernels.value, plan.finders, kSmallShared, stream, p, shape(call));
+    launch_statistics(kernels, p, plan, stream, call);
+    launch(kernels.centroids, grid(int64_t(slots(call)) * plan.parts), block_bytes<A>(p), stream, p, call);
+    launch(kernels.value, plan.finders, kSmallShared, stream, p, call);
   });
 }
 
@@ -331,12 +349,11 @@ void backward(const Call& call, const void* grad, int64_t grad_stride, void* sav
     w.dots = w.upstream + call.rows;
     w.table_bytes = device.table_bytes();
     w.items = 4 * device.processors;
-    w.parts =
-        int(std::clamp<int64_t>((call.classes + kThreads * kVector - 1) / (kThreads * kVector), 1, w.items));
+    w.parts = int(std::clamp<int64_t>(narrow_tiles(call), 1, w.items));
     const int bytes = Sizes<A>::fixed + w.table_bytes;
     if (call.reduction == kNone && p.problem.has_cmi && !call.centroids)
-      launch(row_dots_kernel<T>(), grid(slots(call)), bytes, stream, p, shape(call));
-    launch(gradient_kernel<T>(), grid(int64_t(slots(call)) * w.parts), bytes, stream, p, shape(call));
+      launch(row_dots_kernel<T>(), grid(slots(call)), bytes, stream, p, call);
+    launch(gradient_kernel<T>(), grid(int64_t(slots(call)) * w.parts), bytes, stream, p, call);
   });
 }
 
