@@ -120,6 +120,22 @@ def test_zero_centroid_of_a_masked_class(place: Place) -> None:
     assert ck.cmi_spectrum(logits.masked_fill(logits.isinf(), 0.5), target, **kwargs) == torch.inf
 
 
+@pytest.mark.parametrize("mask", [-1e4, -1e30, -3e38])
+@pytest.mark.parametrize("cmi_weight", [0.0, 1.0])
+@pytest.mark.parametrize("width", [1.0, 1e-3])
+def test_classes_masked_by_a_finite_number(place: Place, mask: float, cmi_weight: float, width: float) -> None:
+    """As masked_fill(-1e30) leaves them; the labels themselves are not masked. Clusters of one and of five."""
+    target = torch.tensor([0, 1, 1, 1, 1, 1], device=place.device)
+    logits = 2 * torch.randn(1, 40) + width * torch.randn(6, 40)
+    logits[:, 2::3] = mask
+    logits = logits.to(place.device)
+    value, gradient = loss(place, logits, target, cmi_weight=cmi_weight)
+    infinite = logits.masked_fill(logits == mask, -torch.inf)
+    expected, expected_gradient = loss(place, infinite, target, cmi_weight=cmi_weight)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_no_number_gives_no_number(place: Place, bad: float, reduction: str) -> None:

@@ -43,12 +43,14 @@ void cluster(const Job& job, const Cluster& cl, const Team& team, Workspace& ws)
   }
 }
 
-void row(const Job& job, int64_t row, int64_t label, Workspace& ws) {
+void entropy(const Job& job, const Cluster& cl, Workspace& ws) {
   const FlushSubnormals guard;
-  if (job.storage == Storage::f64)
-    entropy_row<double>(job, row, label, ws);
-  else
-    entropy_row<float>(job, row, label, ws);
+  for (int64_t i = 0; i < cl.count; ++i) {
+    if (job.storage == Storage::f64)
+      entropy_row<double>(job, cl, i, ws);
+    else
+      entropy_row<float>(job, cl, i, ws);
+  }
 }
 
 template <class T, class S>
@@ -125,11 +127,11 @@ bool supported() {
 #define CMIM_STRING_(x) #x
 #define CMIM_STRING(x) CMIM_STRING_(x)
 #if defined(__AVX512F__)
-extern const Variant kAvx512 = {CMIM_STRING(CMIM_VARIANT), supported, cluster, row, scale, centroid};
+extern const Variant kAvx512 = {CMIM_STRING(CMIM_VARIANT), supported, cluster, entropy, scale, centroid};
 #elif defined(__AVX2__)
-extern const Variant kAvx2 = {CMIM_STRING(CMIM_VARIANT), supported, cluster, row, scale, centroid};
+extern const Variant kAvx2 = {CMIM_STRING(CMIM_VARIANT), supported, cluster, entropy, scale, centroid};
 #else
-extern const Variant kBaseline = {CMIM_STRING(CMIM_VARIANT), supported, cluster, row, scale, centroid};
+extern const Variant kBaseline = {CMIM_STRING(CMIM_VARIANT), supported, cluster, entropy, scale, centroid};
 #endif
 
 }  // namespace cmim::cpu

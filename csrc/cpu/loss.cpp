@@ -162,12 +162,12 @@ struct Plan {
   }
 
   void want_values() {
-    row_ce.assign(size_t(q.rows), 0.0);
-    row_cmi.assign(size_t(q.rows), 0.0);
+    row_ce.assign(groups.rows.size(), 0.0);
+    row_cmi.assign(groups.rows.size(), 0.0);
     job.row_ce = row_ce.data();
     job.row_cmi = row_cmi.data();
     if (q.reduction != Reduction::spectrum) return;
-    kl.assign(size_t(q.rows) * grid.a.size(), 0.0);
+    kl.assign(groups.rows.size() * grid.a.size(), 0.0);
     job.kl = kl.data();
   }
 
@@ -177,7 +177,7 @@ struct Plan {
   }
 
   Cluster cluster(size_t c) const {
-    return {groups.rows.data() + groups.begin[c], groups.count(c), groups.labels[c]};
+    return {groups.rows.data() + groups.begin[c], groups.begin[c], groups.count(c), groups.labels[c]};
   }
 
   void run();
@@ -185,32 +185,38 @@ struct Plan {
 
 // Which thread takes what never changes a result: every cluster and every row is computed the same way by
 // anyone.
-constexpr double kSerialWork = 1e5;  // elements times temperatures that are not worth waking a thread for
+constexpr double kRowWork = 64;      // what a row costs beside its logits, in logits
+constexpr double kSerialWork = 1e5;  // logits times temperatures that are not worth waking a thread for
 constexpr double kSharedWork = 1e6;  // a cluster of at least this much may be worked on by all threads
+constexpr double kGathered = 3e4;    // single rows are handed out by so much
 
 void Plan::run() {
   const Variant& kernel = variant();
-  const double per_row = double(q.classes) * (job.temperatures + 1);
+  const double logits = double(q.classes) + kRowWork;
   struct Item {
     size_t first, last;  // clusters; all of them single rows where there are several
+    double cost;
   };
   std::vector<Item> items;
   std::vector<size_t> shared;
-  double work = 0;
-  for (size_t c = 0; c < groups.labels.size(); ++c)
-    work += alone(c) ? 2.0 * double(groups.count(c) * q.classes) : double(groups.count(c)) * per_row;
+  double work = 0, separate = 0;  // of all clusters, and of those in items
+  const auto cost_of = [&](size_t c) {
+    return double(groups.count(c)) * logits * (alone(c) ? 2 : job.temperatures + 1);
+  };
+  for (size_t c = 0; c < groups.labels.size(); ++c) work += cost_of(c);
   const bool serial = pool.threads == 1 || work < kSerialWork;
-  double gathered = 0;
   for (size_t c = 0; c < groups.labels.size(); ++c) {
-    const double cost = double(groups.count(c)) * (alone(c) ? 2.0 * double(q.classes) : per_row);
+    const double cost = cost_of(c);
     if (!serial && !alone(c) && cost > kSharedWork && cost * pool.threads * 2 > work) {
       shared.push_back(c);
-    } else if (alone(c) && gathered > 0 && gathered < 3e4) {
+      continue;
+    }
+    separate += cost;
+    if (alone(c) && !items.empty() && alone(items.back().first) && items.back().cost < kGathered) {
       items.back().last = c + 1;
-      gathered += cost;
+      items.back().cost += cost;
     } else {
-      items.push_back({c, c + 1});
-      gathered = alone(c) ? cost : 0;
+      items.push_back({c, c + 1, cost});
     }
   }
   for (size_t c : shared) {
@@ -218,27 +224,47 @@ void Plan::run() {
     trim(workspace());
   }
 
-  std::atomic<size_t> next{0};
-  auto worker = [&](int64_t) {
-    Workspace& ws = workspace();
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();)
-      for (size_t c = items[i].first; c < items[i].last; ++c) {
-        const Cluster cl = cluster(c);
-        if (!alone(c)) {
-          kernel.cluster(job, cl, Team{nullptr}, ws);
-          continue;
-        }
-        for (int64_t r = 0; r < cl.count; ++r) kernel.row(job, cl.rows[r], cl.label, ws);
-      }
-    trim(ws);
+  auto compute = [&](const Item& item, Workspace& ws) {
+    for (size_t c = item.first; c < item.last; ++c) {
+      const Cluster cl = cluster(c);
+      if (alone(c))
+        kernel.entropy(job, cl, ws);
+      else
+        kernel.cluster(job, cl, Team{nullptr}, ws);
+    }
   };
   if (serial || items.size() < 2) {
-    worker(0);
+    for (const Item& item : items) compute(item, workspace());
+    trim(workspace());
   } else {
+    // A worker begins with its own share, the same in every call, so that its cache may still hold the rows;
+    // then it takes from the others' what they have not come to.
+    struct alignas(64) Share {
+      std::atomic<size_t> next{0};
+      size_t end = 0;
+    };
+    const size_t workers = std::min(size_t(pool.threads), items.size());
+    std::vector<Share> shares(workers);
+    double done = 0;
+    size_t at = 0;
+    for (size_t s = 0; s < workers; ++s) {
+      shares[s].next = at;
+      while (at < items.size() &&
+             (s + 1 == workers || done + items[at].cost / 2 < separate * double(s + 1) / double(workers)))
+        done += items[at++].cost;
+      shares[s].end = at;
+    }
+    auto worker = [&](int64_t w) {
+      Workspace& ws = workspace();
+      for (size_t s = 0; s < workers; ++s) {
+        Share& share = shares[(size_t(w) + s) % workers];
+        for (size_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+          compute(items[i], ws);
+      }
+      trim(ws);
+    };
     using Worker = decltype(worker);
-    pool.run(
-        std::min<int64_t>(pool.threads, int64_t(items.size())),
-        [](void* w, int64_t i) { (*static_cast<Worker*>(w))(i); }, &worker);
+    pool.run(int64_t(workers), [](void* w, int64_t i) { (*static_cast<Worker*>(w))(i); }, &worker);
   }
   if (!job.grad) return;
   static constexpr int64_t kBytes[] = {4, 8, 2, 2};
@@ -265,15 +291,13 @@ void forward(const Request& q, const Pool& pool, std::vector<double>& value, voi
   }
   if (q.reduction == Reduction::none) {
     value.assign(size_t(q.rows), 0.0);
-    for (int64_t row : plan.groups.rows) {
-      const size_t i = size_t(row);
-      value[i] = (q.ce_weight != 0 ? q.ce_weight * plan.row_ce[i] : 0.0) +
-                 (q.cmi_weight != 0 ? q.cmi_weight * plan.row_cmi[i] : 0.0);
-    }
+    for (size_t at = 0; at < plan.groups.rows.size(); ++at)
+      value[size_t(plan.groups.rows[at])] = (q.ce_weight != 0 ? q.ce_weight * plan.row_ce[at] : 0.0) +
+                                            (q.cmi_weight != 0 ? q.cmi_weight * plan.row_cmi[at] : 0.0);
     return;
   }
   double ce = 0, cmi = 0;
-  for (int64_t row : plan.groups.rows) ce += plan.row_ce[size_t(row)], cmi += plan.row_cmi[size_t(row)];
+  for (size_t at = 0; at < plan.groups.rows.size(); ++at) ce += plan.row_ce[at], cmi += plan.row_cmi[at];
   // no kept row: 0 / 0 = NaN for the mean, as F.cross_entropy has it
   value.assign(1, q.ce_weight * (ce / plan.ce_norm) + q.cmi_weight * (cmi / plan.cmi_norm));
 }

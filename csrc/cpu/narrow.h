@@ -34,7 +34,7 @@ struct Narrow : Rows<float> {
   float* widest;                  // (tiles) bounds of log1p(vbar)
   V* acc;                         // (n, K) sums in lanes: for s, then for KL
   double* sum;                    // (n, K)
-  float *pbar, *L;                // (slots, K, cols) Pbar; log1p(vbar)
+  float *pbar, *L;                // (slots, K, kStride) Pbar; log1p(vbar)
   double one_sum = 0;
   float top = 0;  // max zbar
 
@@ -52,7 +52,7 @@ struct Narrow : Rows<float> {
     layout.take(sbar, K), layout.take(inv_sbar, K), layout.take(m, K);
     layout.take(mix, n * K), layout.take(off, n * K + W), layout.take(shift, n), layout.take(spread, n);
     layout.take(widest, tiles), layout.take(acc, n * K), layout.take(sum, n * K);
-    layout.take(pbar, slots * K * cols), layout.take(L, slots * K * cols);
+    layout.take(pbar, slots * K * kStride), layout.take(L, slots * K * kStride);
   }
 
   static bool serves(const Job& job) {
@@ -111,7 +111,7 @@ struct Narrow : Rows<float> {
       for (int64_t j0 = 0; j0 < Cp; j0 += kFlushVectors * W) {
         V s[N] = {};
         for (int64_t j = j0; j < Cp && j < j0 + kFlushVectors * W; j += W) {
-          Exponentials<Source::chain, float> ex(ebar + j, 0, a + k0, job.power0 + k0);
+          Exponentials<Source::chain, float> ex(ebar + j, 0, nullptr, job.power0 + k0);
           for (int k = 0; k < N; ++k) s[k] += ex.at(k);
         }
         for (int k = 0; k < N; ++k) sbar[k0 + k] += double(sum_lanes<float>(s[k]));
@@ -161,10 +161,10 @@ struct Narrow : Rows<float> {
     const int64_t begin = tile * cols;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      float* const to = pbar + (slot * K + k0) * cols - begin;
+      float* const to = pbar + (slot * K + k0) * kStride - begin;
       for (int64_t j = begin; j < Cp && j < begin + cols; j += W) {
-        Exponentials<Source::chain, float> ex(ebar + j, 0, a + k0, job.power0 + k0);
-        for (int k = 0; k < N; ++k) store(to + k * cols + j, ex.at(k) * inv_sbar[k0 + k]);
+        Exponentials<Source::chain, float> ex(ebar + j, 0, nullptr, job.power0 + k0);
+        for (int k = 0; k < N; ++k) store(to + k * kStride + j, ex.at(k) * inv_sbar[k0 + k]);
       }
     });
   }
@@ -182,7 +182,7 @@ struct Narrow : Rows<float> {
     const float *const x = X + i * Cp, *const e = E + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const float* const from = pbar + (slot * K + k0) * cols - begin;
+      const float* const from = pbar + (slot * K + k0) * kStride - begin;
       const int p = job.power0 + k0;
       const float a0 = a[k0];
       V s[N];
@@ -190,7 +190,7 @@ struct Narrow : Rows<float> {
       for (int64_t j = begin; j < end; j += W) {
         V v[N];
         chain_from<N>(load<V>(x + j), load<V>(e + j), a0, p, v);
-        for (int k = 0; k < N; ++k) s[k] += load<V>(from + k * cols + j) * v[k];
+        for (int k = 0; k < N; ++k) s[k] += load<V>(from + k * kStride + j) * v[k];
       }
       for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = s[k];
     });
@@ -242,7 +242,7 @@ struct Narrow : Rows<float> {
       const int64_t n = this->n, Cp = this->Cp, K = this->K;
       const int p = job.power0 + k0;
       const float a0 = a[k0];
-      float* const to = L + (slot * K + k0) * cols - begin;
+      float* const to = L + (slot * K + k0) * kStride - begin;
       for (int64_t j = begin; j < end; j += W) {
         V mean[N];
         for (int k = 0; k < N; ++k) mean[k] = splat(-m[k0 + k]);
@@ -257,7 +257,7 @@ struct Narrow : Rows<float> {
         }
         for (int k = 0; k < N; ++k) {
           lo = mean[k] < lo ? mean[k] : lo, hi = mean[k] > hi ? mean[k] : hi;
-          store(to + k * cols + j, log1p_small(mean[k]));
+          store(to + k * kStride + j, log1p_small(mean[k]));
         }
       }
     });
@@ -273,7 +273,7 @@ struct Narrow : Rows<float> {
     float *const e = E + i * Cp, *const g_to = G + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const float* const l = L + (slot * K + k0) * cols - begin;
+      const float* const l = L + (slot * K + k0) * kStride - begin;
       const int p = job.power0 + k0;
       V kl[N];
       float ak[N], scale[N], shift[N];
@@ -288,9 +288,9 @@ struct Narrow : Rows<float> {
           const V mean = load<V>(ebar + j);
           store(e + j, load<V>(e + j) * mean + mean);
         }
-        Exponentials<Source::chain, float> ex(e + j, 0, ak, p);
+        Exponentials<Source::chain, float> ex(e + j, 0, nullptr, p);
         for (int k = 0; k < N; ++k) {
-          const V t = (ak[k] * d - shift[k]) - load<V>(l + k * cols + j);
+          const V t = (ak[k] * d - shift[k]) - load<V>(l + k * kStride + j);
           const V pt = ex.at(k) * t;
           g += scale[k] * pt;
           kl[k] += pt * psi_ratio<kOrder>(t);

@@ -35,16 +35,19 @@ struct Job {
   double weight_sum;              // sum of class_weight
 
   const double* upstream;  // (N) gradient of each row's loss, nullptr: ones
-  double* row_ce;          // (N) cross entropy of each row, weighted; nullptr: not wanted
-  double* row_cmi;         // (N) sum_k w_k KL^k_i; nullptr: not wanted
-  double* kl;              // (N, K) KL^k_i in the caller's order of temperatures; nullptr: not wanted
-  void* grad;              // (N, C) contiguous; nullptr: not wanted
+  // By position among the kept rows, which are sorted by label, so that threads write apart; nullptr: not
+  // wanted
+  double* row_ce;   // (N) cross entropy of each row, weighted
+  double* row_cmi;  // (N) sum_k w_k KL^k_i
+  double* kl;       // (N, K) KL^k_i in the caller's order of temperatures
+  void* grad;       // (N, C) contiguous; nullptr: not wanted
   Storage grad_storage;
 };
 
 // The rows of one class, in the order they have in the batch.
 struct Cluster {
   const int64_t* rows;
+  int64_t position;  // of the first of them
   int64_t count;
   int64_t label;
 };
@@ -65,7 +68,7 @@ struct Variant {
   const char* name;
   bool (*supported)();
   void (*cluster)(const Job&, const Cluster&, const Team&, Workspace&);
-  void (*row)(const Job&, int64_t row, int64_t label, Workspace&);  // cross entropy only
+  void (*entropy)(const Job&, const Cluster&, Workspace&);  // cross entropy only
   // out[i] = grad * saved[i], rounded once to the storage of out
   void (*scale)(const void* saved, Storage saved_storage, double grad, void* out, Storage out_storage,
                 int64_t count);

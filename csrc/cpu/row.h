@@ -177,11 +177,12 @@ constexpr int kFlushVectors = 256;  // sums in lanes of T go over to double this
 
 // A row that only the cross entropy sees: a cluster of one, or no CMI at all.
 template <class T>
-void entropy_row(const Job& job, int64_t row, int64_t label, Workspace& ws) {
+void entropy_row(const Job& job, const Cluster& cluster, int64_t i, Workspace& ws) {
   using V = Vec<T>;
   constexpr int W = Simd<T>::width;
+  const int64_t row = cluster.rows[i], label = cluster.label;
   if (!job.has_ce) {
-    if (job.row_ce) job.row_ce[row] = 0;
+    if (job.row_ce) job.row_ce[cluster.position + i] = 0;
     if (job.grad) write_row<T>(job, row, [](int64_t) { return V{}; });
     return;
   }
@@ -198,7 +199,8 @@ void entropy_row(const Job& job, int64_t row, int64_t label, Workspace& ws) {
     if (j / W % kFlushVectors == kFlushVectors - 1) sum += double(sum_lanes<T>(e_sum)), e_sum = V{};
   });
   sum += double(sum_lanes<T>(e_sum));
-  if (job.row_ce) job.row_ce[row] = row_entropy_value(job, row, label, __builtin_log(sum), double(top));
+  if (job.row_ce)
+    job.row_ce[cluster.position + i] = row_entropy_value(job, row, label, __builtin_log(sum), double(top));
   if (!job.grad) return;
   const RowEntropy e = row_entropy(job, row, label);
   const T scale = T(e.probability / sum);

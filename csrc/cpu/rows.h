@@ -87,6 +87,8 @@ template <class T>
 struct Rows {
   using V = Vec<T>;
   static constexpr int W = Simd<T>::width;
+  // Between the temperatures in a table of a tile: known to the compiler, and not a multiple of a page.
+  static constexpr int kStride = W * (kTileVectors + 1);
 
   const Job& job;
   const Cluster& cluster;
@@ -207,20 +209,20 @@ struct Rows {
   // log_sum: log sum_j exp(z - top)
   void set_entropy(int64_t i, double log_sum, double top) {
     if (!job.row_ce) return;
-    const int64_t row = cluster.rows[i];
-    job.row_ce[row] = job.has_ce ? row_entropy_value(job, row, cluster.label, log_sum, top) : 0;
+    job.row_ce[cluster.position + i] =
+        job.has_ce ? row_entropy_value(job, cluster.rows[i], cluster.label, log_sum, top) : 0;
   }
 
   // kl (K): the row's divergences
   void report(int64_t i, const double* kl) const {
-    const int64_t row = cluster.rows[i];
+    const int64_t at = cluster.position + i;
     if (job.row_cmi) {
       double total = 0;
       for (int k = 0; k < K; ++k) total += job.w[k] * kl[k];
-      job.row_cmi[row] = total;
+      job.row_cmi[at] = total;
     }
     if (job.kl)
-      for (int k = 0; k < K; ++k) job.kl[row * K + job.order[k]] = kl[k];
+      for (int k = 0; k < K; ++k) job.kl[at * K + job.order[k]] = kl[k];
   }
 
   // G - sum_k q_k E^(p + k), and the cross entropy's gradient
@@ -239,7 +241,7 @@ struct Rows {
       constexpr int N = decltype(chunk)::value;
       T qi[N];
       for (int k = 0; k < N; ++k) qi[k] = q[i * K + k0 + k];
-      const T *const ai = a + k0, *const from = this->template place_of<kSource>(i, k0);
+      const T *const ak = a + k0, *const from = this->template place_of<kSource>(i, k0);
       const int64_t stride = Cp;
       const int p = job.power0 + k0;
       const bool last = k0 + N == K;
@@ -251,7 +253,7 @@ struct Rows {
           for (int k = N - 2; k >= 0; --k) h = h * e1 + qi[k];
           v -= h * power<T>(e1, p);
         } else {
-          Exponentials<kSource, T> ex(from + j, stride, ai, p);
+          Exponentials<kSource, T> ex(from + j, stride, ak, p);
           for (int k = 0; k < N; ++k) v -= qi[k] * ex.at(k);
         }
         if (last && add_ce) v += soft * this->template unscaled_softmax<kCentred>(i, j);

@@ -34,7 +34,7 @@ template <class T, bool kGiven, bool kPerRow>
 struct Wide : Rows<T> {
   using Base = Rows<T>;
   using Base::a, Base::c, Base::C, Base::cluster, Base::Cp, Base::E, Base::G, Base::job, Base::K;
-  using Base::cols, Base::n, Base::q, Base::r, Base::source, Base::tiles, Base::W, Base::X;
+  using Base::cols, Base::n, Base::q, Base::r, Base::source, Base::tiles, Base::W, Base::X, Base::kStride;
   using V = Vec<T>;
   static constexpr bool kCareful = sizeof(T) == 8;
 
@@ -47,7 +47,7 @@ struct Wide : Rows<T> {
   T *log_mean, *up;          // (K), (n) upstream gradient
   T* tops;                   // (n) largest logit
   T *log_label, *rho_label;  // (K) L and rho at the cluster's label
-  T *L, *Q, *rho;            // (slots, K, cols)
+  T *L, *Q, *rho;            // (slots, K, kStride)
 
   Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl), slots(whole ? tiles : 1) {
     typename Base::Layout layout{0};
@@ -67,9 +67,9 @@ struct Wide : Rows<T> {
     layout.take(log_mean, K), layout.take(up, n), layout.take(tops, n);
     layout.take(log_label, K + Simd<double>::width),
         layout.take(rho_label, kPerRow ? K + Simd<double>::width : 0);
-    layout.take(L, slots * K * cols);
-    layout.take(Q, kCareful ? slots * K * cols : 0);
-    layout.take(rho, kPerRow ? slots * K * cols : 0);
+    layout.take(L, slots * K * kStride);
+    layout.take(Q, kCareful ? slots * K * kStride : 0);
+    layout.take(rho, kPerRow ? slots * K * kStride : 0);
   }
 
   template <Source kSource>
@@ -89,7 +89,9 @@ struct Wide : Rows<T> {
       constexpr int N = decltype(chunk)::value;
       // the stored exponentials are made here, so that this one pass computes them
       constexpr Source kFrom = kSource == Source::stored ? Source::direct : kSource;
-      const T *const from = this->template place_of<kFrom>(i, k0), *const ai = a + k0;
+      const T* const from = this->template place_of<kFrom>(i, k0);
+      T ak[N];  // a copy, which no store into E can change
+      for (int k = 0; k < N; ++k) ak[k] = a[k0 + k];
       T* const keep = this->template place_of<kSource>(i, k0);
       const int p = job.power0 + k0;
       for (int k = 0; k < N; ++k) sums[k0 + k] = 0;
@@ -97,7 +99,7 @@ struct Wide : Rows<T> {
         const int64_t end = j0 + kFlushVectors * W < Cp ? j0 + kFlushVectors * W : Cp;
         V s[N] = {};
         for (int64_t j = j0; j < end; j += W) {
-          Exponentials<kFrom, T> ex(from + j, Cp, ai, p);
+          Exponentials<kFrom, T> ex(from + j, Cp, ak, p);
           for (int k = 0; k < N; ++k) {
             const V e = ex.at(k);
             s[k] += e;
@@ -157,13 +159,13 @@ struct Wide : Rows<T> {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       const int64_t n = this->n, Cp = this->Cp, K = this->K;
-      const T *const from = this->template place_of<kSource>(0, k0), *const ai = a + k0;
+      const T *const from = this->template place_of<kSource>(0, k0), *const ak = a + k0;
       const int64_t row_stride = kSource == Source::stored ? K * Cp : Cp;
       const int p = job.power0 + k0;
       const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
-      T* const l = L + (slot * K + k0) * cols - begin;
-      T* const mean_to = (kCareful ? Q : L) + (slot * K + k0) * cols - begin;
-      T* const rho_to = rho + (slot * K + k0) * cols - begin;
+      T* const l = L + (slot * K + k0) * kStride - begin;
+      T* const mean_to = (kCareful ? Q : L) + (slot * K + k0) * kStride - begin;
+      T* const rho_to = rho + (slot * K + k0) * kStride - begin;
       for (int64_t j = begin; j < end; j += W) {
         V mean[N] = {}, weighted[N] = {};
         if constexpr (kGiven) {
@@ -172,7 +174,7 @@ struct Wide : Rows<T> {
           for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
             V part[N] = {}, part_up[N] = {};
             for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
-              Exponentials<kSource, T> ex(from + i * row_stride + j, Cp, ai, p);
+              Exponentials<kSource, T> ex(from + i * row_stride + j, Cp, ak, p);
               for (int k = 0; k < N; ++k) {
                 const V e = ex.at(k);
                 part[k] += e * mix[i * K + k0 + k];
@@ -186,22 +188,22 @@ struct Wide : Rows<T> {
           }
         }
         for (int k = 0; k < N; ++k) {
-          store(mean_to + k * cols + j, mean[k]);
+          store(mean_to + k * kStride + j, mean[k]);
           if constexpr (kPerRow)  // where the mean vanished, so have all its P, which multiply this
-            store(rho_to + k * cols + j, mean[k] < kSmallestNormal<T> ? V{} : weighted[k] / mean[k]);
+            store(rho_to + k * kStride + j, mean[k] < kSmallestNormal<T> ? V{} : weighted[k] / mean[k]);
         }
       }
       // apart from the sums, so that many logarithms are under way at a time
       for (int k = 0; k < N; ++k) {
         const T shift = log_mean[k0 + k];
         for (int64_t j = begin; j < end; j += W) {
-          const V mean = load<V>(mean_to + k * cols + j), log_q = log_positive(mean) + shift;
-          store(l + k * cols + j,
+          const V mean = load<V>(mean_to + k * kStride + j), log_q = log_positive(mean) + shift;
+          store(l + k * kStride + j,
                 mean < kSmallestNormal<T> ? splat(kGiven ? T(-__builtin_inf()) : T(0)) : log_q);
         }
         if (cluster.label >= begin && cluster.label < end) {
-          log_label[k0 + k] = l[k * cols + cluster.label];
-          if constexpr (kPerRow) rho_label[k0 + k] = rho_to[k * cols + cluster.label];
+          log_label[k0 + k] = l[k * kStride + cluster.label];
+          if constexpr (kPerRow) rho_label[k0 + k] = rho_to[k * kStride + cluster.label];
         }
       }
     });
@@ -227,9 +229,9 @@ struct Wide : Rows<T> {
       }
       const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
       const T *const x = X + i * Cp, *const from = this->template place_of<kSource>(i, k0);
-      const T* const l = L + (slot * K + k0) * cols - begin;
-      const T* const mean_of = Q + (slot * K + k0) * cols - begin;
-      const T* const rho_of = rho + (slot * K + k0) * cols - begin;
+      const T* const l = L + (slot * K + k0) * kStride - begin;
+      const T* const mean_of = Q + (slot * K + k0) * kStride - begin;
+      const T* const rho_of = rho + (slot * K + k0) * kStride - begin;
       T* const g_to = G + i * Cp;
       const int p = job.power0 + k0;
       const T gain = up[i];
@@ -239,15 +241,15 @@ struct Wide : Rows<T> {
         Exponentials<kSource, T> ex(from + j, Cp, ak, p);
         for (int k = 0; k < N; ++k) {
           const V e = ex.at(k);
-          V t = ak[k] * v - load<V>(l + k * cols + j);
+          V t = ak[k] * v - load<V>(l + k * kStride + j);
           if constexpr (kCareful) {
             t -= shift[k];
-            const V mean = load<V>(mean_of + k * cols + j), prob = e * soft[k];
+            const V mean = load<V>(mean_of + k * kStride + j), prob = e * soft[k];
             const V positive = mean * psi(t, prob / mean);
             // P = 0 contributes Q; with a given Q = 0 under P > 0 the divergence is infinite
             kl[k] += prob == T(0) ? mean : mean == T(0) ? splat(T(__builtin_inf())) : positive;
           }
-          if constexpr (kPerRow) t = gain * t - load<V>(rho_of + k * cols + j);
+          if constexpr (kPerRow) t = gain * t - load<V>(rho_of + k * kStride + j);
           V pt = e * t;
           if constexpr (kGiven) pt = e == T(0) ? V{} : pt;
           h[k] += pt;
@@ -320,7 +322,7 @@ struct Wide : Rows<T> {
     const double x = logit - double(tops[i]) < floor ? floor : logit - double(tops[i]);
     double sum = 0, p_ce = 0;
     for (int k0 = 0; k0 < K; k0 += D) {
-      const VD ax = Convert<double, T>::from(a + k0) * x, e = exp_nonpositive(ax);
+      const VD ax = Convert<double, T>::from(a + k0) * x, e = exp_nonpositive<kCareful ? 12 : 7>(ax);
       VD t = ax - Convert<double, T>::from(log_label + k0);
       if constexpr (kCareful) t -= load<VD>(off + at + k0);
       if constexpr (kPerRow) t = double(up[i]) * t - Convert<double, T>::from(rho_label + k0);
