@@ -1,7 +1,7 @@
 """Triton kernels compiled without a GPU: exactly the launches that a call makes, recorded instead of run.
 
-    records = recorded(lambda: triton.loss(...))     # on CPU tensors, in a process that does not interpret
-    usage = compiled(records[0], 90)                 # registers, spills, shared memory on sm_90
+    launches = CASES["256x1000"].launches()        # in a process that does not interpret
+    usage = used(compiled(launches[0], cuda(90)))   # registers, spills, shared memory on sm_90
 
 `python tests/triton_offline.py` prints the table of docs/performance_gpu.md.
 """
@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,9 +62,7 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
     """The launches that `call` would make, none of them made."""
     launches: list[Launch] = []
 
-    def record(
-        self: Any, kernel: str, grid: tuple[int, ...], *tensors: Tensor | None, **arguments: Any
-    ) -> None:
+    def record(self: Any, kernel: str, programs: int, *tensors: Tensor | None, **arguments: Any) -> None:
         function = _function(kernel)
         names = list(inspect.signature(function.fn).parameters)
         values = dict(zip(names, tensors, strict=False)) | self.shape | arguments
@@ -89,12 +88,28 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-def compiled(launch: Launch, arch: int) -> Usage:
-    """Compiles one launch for sm_<arch>, with pointers aligned as torch aligns them."""
+def cuda(arch: int) -> GPUTarget:
+    """sm_<arch>."""
+    return GPUTarget("cuda", arch, 32)
+
+
+MI300 = GPUTarget("hip", "gfx942", 64)
+
+
+@cache
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    """Triton's kernel, every stage of it in `asm`, with pointers aligned as torch aligns them."""
     types = dict(launch.signature)
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
     source = ASTSource(_function(launch.kernel), types, dict(launch.constants), aligned)
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS)
+    options = dict(OPTIONS)
+    if target.backend == "hip":
+        del options["maxnreg"]
+    return triton.compile(source, target=target, options=options)
+
+
+def used(kernel: Any) -> Usage:
+    """What a kernel for an NVIDIA device takes."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
@@ -123,23 +138,42 @@ class Case(NamedTuple):
     weight: bool = False
     smoothing: float = 0.0
     strided: bool = False
+    ce_weight: float = 1.0
+    cmi_weight: float = 1.0
+
+    def forward(self) -> list[Launch]:
+        return recorded(lambda: backend._loss(*self._arguments(), True))
+
+    def backward(self) -> list[Launch]:
+        k = len(self.inverse_temperatures)
+        shape = {NONE: (self.n,), SPECTRUM: (k,)}.get(self.reduction, ())
+        grad, saved = torch.empty(shape, device="meta"), torch.empty(0, device="meta")
+        return recorded(lambda: backend._loss_backward(grad, saved, *self._arguments()))
+
+    def centroids(self) -> list[Launch]:
+        """Those of `class_centroids`."""
+        logits, target, a, *_ = self._arguments()
+        return recorded(lambda: backend._class_centroids(logits, target, a, -100))
 
     def launches(self) -> list[Launch]:
-        """Those of the forward and the backward pass."""
+        return self.forward() + self.backward()
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """Tensors that hold nothing: whatever would have to wait for a device's data fails on them."""
         k = len(self.inverse_temperatures)
-        with torch.device("meta"):  # nothing is read
+        with torch.device("meta"):
             logits = torch.empty((self.n, self.c), dtype=self.dtype)
             if self.strided:
                 logits = torch.empty((self.c, self.n), dtype=self.dtype).T
             target = torch.empty(self.n, dtype=torch.int64)
             weight = torch.empty(self.c) if self.weight else None
             centroids = torch.empty(k, self.c, self.c) if self.given else None
-            grad = torch.empty({NONE: (self.n,), SPECTRUM: (k,)}.get(self.reduction, ()))
-            saved = torch.empty(0)
-        numbers = (1.0, 1.0, self.smoothing, -100, self.reduction)
-        arguments = (logits, target, self.inverse_temperatures, (1 / k,) * k, weight, centroids, *numbers)
-        launches = recorded(lambda: backend._loss(*arguments, True))
-        return launches + recorded(lambda: backend._loss_backward(grad, saved, *arguments))
+        numbers = (self.ce_weight, self.cmi_weight, self.smoothing, -100, self.reduction)
+        return logits, target, self.inverse_temperatures, (1 / k,) * k, weight, centroids, *numbers
+
+
+def _uniform(k: int) -> tuple[float, ...]:
+    return tuple(i / k for i in range(1, k + 1))
 
 
 # The shapes of the benchmarks, and for every other option the launches that differ.
@@ -148,14 +182,13 @@ CASES = {
     "8192x32768 bfloat16": Case(8192, 32768, torch.bfloat16),
     "4096x10": Case(4096, 10),
     "4096x1000 float16, 5 temperatures apart": Case(4096, 1000, torch.float16, (0.07, 0.3, 0.55, 1.0, 1.7)),
-    "256x1000, 16 temperatures": Case(256, 1000, inverse_temperatures=tuple(k / 16 for k in range(1, 17))),
-    "256x1000, 64 temperatures": Case(256, 1000, inverse_temperatures=tuple(k / 64 for k in range(1, 65))),
+    "256x1000, 16 temperatures": Case(256, 1000, inverse_temperatures=_uniform(16)),
+    "256x1000, 64 temperatures": Case(256, 1000, inverse_temperatures=_uniform(64)),
     "256x1000, 1 temperature": Case(256, 1000, inverse_temperatures=(1.0,)),
     "256x1000, rows": Case(256, 1000, reduction=NONE),
     "8192x32768 bfloat16, rows": Case(8192, 32768, torch.bfloat16, reduction=NONE),
     "256x1000, spectrum": Case(256, 1000, reduction=SPECTRUM),
     "256x1000, centroids": Case(256, 1000, given=True),
-    "8192x32768 bfloat16, centroids": Case(8192, 32768, torch.bfloat16, given=True),
     "256x1000 strided, weights and smoothing": Case(256, 1000, weight=True, smoothing=0.1, strided=True),
 }
 
@@ -163,15 +196,20 @@ CASES = {
 def table(arches: tuple[int, ...] = (80, 90, 100)) -> str:
     """Markdown: registers / shared memory of every kernel of every case."""
     lines = ["| call | kernel | " + " | ".join(f"sm_{arch}" for arch in arches) + " |"]
-    lines += ["|---|---|" + "---|" * len(arches)]
+    lines += ["|---|---|" + "---:|" * len(arches)]
+    seen: set[Launch] = set()
     for name, case in CASES.items():
         for launch in case.launches():
-            usages = [compiled(launch, arch) for arch in arches]
+            if launch in seen:
+                continue
+            seen.add(launch)
+            usages = [used(compiled(launch, cuda(arch))) for arch in arches]
             cells = [
-                f"{u.registers} / {u.shared / 1024:.1f} KB" + f" (stack {u.stack})" * (u.stack > 0)
+                f"{u.registers} / {u.shared / 1024:.1f} KB"
+                + f" (spills {u.stack + u.local})" * (u.stack + u.local > 0)
                 for u in usages
             ]
-            lines.append(f"| {name} | {launch.kernel} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | {launch.kernel.split('.')[1]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

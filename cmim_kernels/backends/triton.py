@@ -22,6 +22,7 @@ from torch import Tensor
 from ..reference import MEAN, NONE, SPECTRUM
 from ._triton.plan import (
     MAX_CLASSES,
+    MAX_ROWS,
     MAX_TEMPERATURES,
     OPTIONS,
     ROWS_OF_SUMS,
@@ -61,6 +62,8 @@ def refuses(logits: Tensor, temperatures: int) -> str | None:
         return f"it serves {where}, logits is on {logits.device}"
     if temperatures > MAX_TEMPERATURES:
         return f"it serves up to {MAX_TEMPERATURES} temperatures, there are {temperatures}"
+    if logits.shape[0] > MAX_ROWS:
+        return f"it serves up to {MAX_ROWS} rows, logits has {logits.shape[0]}"
     if logits.shape[1] > MAX_CLASSES:
         return f"it serves up to {MAX_CLASSES} classes, logits has {logits.shape[1]}"
     return None
@@ -100,12 +103,12 @@ class _Call:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.logits.new_empty(shape, dtype=dtype)
 
-    def launch(self, kernel: str, grid: tuple[int, ...], *tensors: Tensor | None, **arguments: Any) -> None:
-        """Runs `module.function` of `_triton`, on the logits' device and its current stream."""
+    def launch(self, kernel: str, programs: int, *tensors: Tensor | None, **arguments: Any) -> None:
+        """Runs `module.function` of `_triton` on the logits' device and its current stream."""
         module, function = kernel.split(".")
         compiled = getattr(import_module(f"{__package__}._triton.{module}"), function)
         with torch.cuda.device_of(self.logits):
-            compiled[grid](*tensors, **self.shape, **arguments, **OPTIONS)
+            compiled[(programs,)](*tensors, **self.shape, **arguments, **OPTIONS)
 
     def rows(
         self,
@@ -124,7 +127,7 @@ class _Call:
             first, end = torch.searchsorted(key, key), torch.searchsorted(key, key, right=True)
         self.launch(
             "rows.rows_kernel",
-            (-(-n // plan.row_block),),
+            -(-n // plan.row_block),
             *(self.logits, target, order, first, end, arguments.pop("class_weight", None), self.table, saved),
             counters,
             **self.powers,
@@ -184,10 +187,10 @@ def _loss(
         _large_sums(call, saved, large, None, large_masses, None)
     call.launch(
         "forward.forward_kernel",
-        (chunks, tiles),
+        chunks * tiles,
         *(logits, centroids, call.table, saved),
         call.empty(2, tiles, n, k) if has_cmi else None,
-        call.empty(tiles, n, k, dtype=torch.float64) if given and has_cmi else None,
+        call.empty(tiles, n, k, dtype=torch.float64 if given else torch.float32) if has_cmi else None,
         large_masses,
         call.empty(chunks, call.temperatures.padded + 3, dtype=torch.float64),
         *(counters, value),
@@ -240,7 +243,7 @@ def _loss_backward(
         pull_parts = call.empty(plan.tiles, n, k)
         call.launch(
             "backward.pull_kernel",
-            (plan.chunks, plan.tiles),
+            plan.chunks * plan.tiles,
             *(logits, call.table, saved, grad, large_pulls, pull_parts),
             **call.powers,
             **call.tile,
@@ -252,7 +255,7 @@ def _loss_backward(
     out_vec = vector(out)
     call.launch(
         "backward.gradient_kernel",
-        (plan.chunks, plan.tiles),
+        plan.chunks * plan.tiles,
         *(logits, centroids, class_weight, call.table, saved, grad, large_pulls, pull_parts, out),
         **call.powers,
         **call.tile,
@@ -290,7 +293,7 @@ def _class_centroids(
     )  # fmt: skip
     call.launch(
         "centroids.centroids_kernel",
-        (plan.chunks, plan.tiles),
+        plan.chunks * plan.tiles,
         *(logits, call.table, saved, out, counts),
         **call.powers,
         **call.tile,
@@ -314,7 +317,7 @@ def _large_sums(
     scalars = call.empty(plan.slots, 2, plan.tiles, 3)
     call.launch(
         "large.large_parts_kernel",
-        (plan.slots, plan.tiles),
+        plan.slots * plan.tiles,
         *(call.logits, call.table, saved, upstream, parts, scalars),
         **call.powers,
         **call.tile,
@@ -324,7 +327,7 @@ def _large_sums(
     )
     call.launch(
         "large.large_whole_kernel",
-        (plan.slots, plan.tiles),
+        plan.slots * plan.tiles,
         *(call.logits, call.table, saved, parts, scalars, large_masses, large_pulls),
         tiles=plan.tiles,
         BC=plan.columns,

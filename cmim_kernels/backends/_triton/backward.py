@@ -1,11 +1,11 @@
 """The last launch: the gradient, written once.
 
-    dL/dz = sum_k c_k P (t - lambda - A) + cross entropy        with t, lambda of columns.py, A of forward.py
+    dL/dz = sum_k c_k P (t - sum_j P t) + cross entropy        with t of columns.py, its mean of forward.py
 
 c_k = g a_k w_k cmi_weight / normaliser, the upstream gradient g included: one rounding, at the end. Where every
 row has a g of its own (reduction "none") the path through the centroid does not cancel, and takes a launch before:
 
-    c_k P ( g (t - lambda - A) - (U - sum_j P U) )             U = sum_m g_m P_m / sum_m P_m, the column's pull
+    c_k P ( g (t - sum_j P t) - (U - sum_j P U) )             U = sum_m g_m P_m / sum_m P_m, the column's pull
 """
 
 import triton
@@ -21,6 +21,7 @@ from .blocks import (
     TOP,
     bundle,
     by_temperature,
+    chunk_and_tile,
     cluster_at,
     field,
     forms,
@@ -223,8 +224,8 @@ def pull_kernel(
     BC: tl.constexpr,
 ):
     """Before the gradient of reduction "none": every row's mean of the columns' pulls."""
-    tile = tl.program_id(1)
-    lo = tl.program_id(0) * CHUNK
+    chunk, tile = chunk_and_tile(tiles)
+    lo = chunk * CHUNK
     hi = tl.minimum(lo + CHUNK, N)
     Z, S = bundle(logits, row_units, col_stride, C, saved, N, K, VEC)
     col = tile * BC + tl.arange(0, BC)
@@ -287,8 +288,8 @@ def gradient_kernel(
     R: tl.constexpr,
     BC: tl.constexpr,
 ):
-    tile = tl.program_id(1)
-    lo = tl.program_id(0) * CHUNK
+    chunk, tile = chunk_and_tile(tiles)
+    lo = chunk * CHUNK
     hi = tl.minimum(lo + CHUNK, N)
     WHOLE: tl.constexpr = HAS_CMI and not GIVEN
     PULLED: tl.constexpr = REDUCTION == NONE and WHOLE
@@ -336,14 +337,14 @@ def gradient_kernel(
             if REDUCTION != NONE:
                 c *= tl.load(grad)
         upstream = grad if PULLED else None
-        mean_ratio = by_temperature(saved, N, K, MEAN_RATIO)
+        means = by_temperature(saved, N, K, MEAN_RATIO)
         p = owned_from(saved, N, lo, WHOLE, LARGE)
         while p < hi:
             f, n, kind, stop = cluster_at(saved, N, p, hi, WHOLE, LARGE)
             if (kind >= 0) & ((n > 1) | GIVEN):
-                log_b = per_cluster(S[3], K, f, KC)
                 centre, centre_top = load_centre(Z, S, f, col, VEC)
                 if GIVEN:
+                    log_b = per_cluster(S[3], K, f, KC)
                     Q = given_q(centroids, table, kind, K, C, col, KC)
                     L = tl.log(Q) + log_b[:, None]
                     pull = L
@@ -360,24 +361,22 @@ def gradient_kernel(
                     if not GIVEN and centred:
                         y = from_centre(z, top, live, centre, centre_top)
                     t = a[:, None, None] * y[None, :, :] - L[:, None, :]
-                    log_s = per_row(S[3], K, q, live, KC)
-                    A = per_row(mean_ratio, K, q, live, KC)
-                    mean = log_s - log_b[:, None] + A
+                    mean = per_row(means, K, q, live, KC)
                     factor = c[:, None] * per_row(S[2], K, q, live, KC)
                     pulled = factor
                     if GIVEN:
+                        log_s = per_row(S[3], K, q, live, KC)
                         if tl.max(tl.load(forms(saved, N, K) + q, mask=live, other=0), 0) > 0:
                             t = precise_ratios(z, top, log_s, Q, table, KC)
-                            mean = A
+                        else:
+                            mean += log_s - log_b[:, None]
                     if REDUCTION == NONE:
                         up = tl.load(grad + row.to(tl.int64) * grad_stride, mask=live, other=0.0)
                         factor *= up[None, :]
-                    constant = -factor * mean
+                    h = factor[:, :, None] * (t - mean[:, :, None])
                     if PULLED:
-                        constant += pulled * row_totals(pull_parts, tiles, N, K, q, live, KC)
-                    h = factor[:, :, None] * t + constant[:, :, None]
-                    if PULLED:
-                        h -= pulled[:, :, None] * pull[:, None, :]
+                        pull_mean = row_totals(pull_parts, tiles, N, K, q, live, KC)
+                        h -= pulled[:, :, None] * (pull[:, None, :] - pull_mean[:, :, None])
                     if GIVEN:
                         h = tl.where(e > 0, h, 0.0)
                     g = tl.sum(e * h, 0)

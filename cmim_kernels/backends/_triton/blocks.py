@@ -30,6 +30,13 @@ MEAN_RATIO = tl.constexpr(plan.MEAN_RATIO)
 
 
 @triton.jit
+def chunk_and_tile(tiles):
+    """What a program takes. One dimension of the grid for both: there may be more than 65535 of either."""
+    program = tl.program_id(0)
+    return program // tiles, program % tiles
+
+
+@triton.jit
 def field(saved, N, WHICH: tl.constexpr):
     """(N,) float32 by position."""
     return saved + tl.cast(N, tl.int64) * WHICH

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .blocks import bundle, cluster_at, load_centre, owned_from
+from .blocks import bundle, chunk_and_tile, cluster_at, load_centre, owned_from
 from .columns import sums
 
 
@@ -29,8 +29,8 @@ def centroids_kernel(
     R: tl.constexpr,
     BC: tl.constexpr,
 ):
-    tile = tl.program_id(1)
-    lo = tl.program_id(0) * CHUNK
+    chunk, tile = chunk_and_tile(tiles)
+    lo = chunk * CHUNK
     hi = tl.minimum(lo + CHUNK, N)
     Z, S = bundle(logits, row_units, col_stride, C, saved, N, K, VEC)
     col = tile * BC + tl.arange(0, BC)

@@ -10,7 +10,8 @@ which contains t - mean t, nor the divergence (forward.py), so that d may be shi
 that carries all of the probability then has d = 0 exactly, and its tiny log-ratio is not drowned.
 
 The plain form costs half as much. It is taken where the tile is wide: a^2 d^2 is not small on average, under P_b
-at the lowest and at the highest a; or where exp(a d) might overflow, as for a class masked in some rows only.
+at the lowest and at the highest a; or where a d is too large for the centred form in an entry that matters, as
+for a class masked in some rows only. An entry that does not matter has its exp(a d) cut off.
 """
 
 import triton
@@ -22,7 +23,9 @@ from .elementary import LOG2E, exponentials, growths, log1p
 WIDE = tl.constexpr(
     0.02
 )  # mean a^2 d^2 from which float32 resolves the plain form; measured, docs/numerics.md
-FAR = tl.constexpr(30.0)  # |a d| up to which the centred form is safe
+FAR = tl.constexpr(30.0)  # |a d| up to which the centred form resolves an entry
+BEYOND = tl.constexpr(1e13)  # about exp(FAR)
+NEGLIGIBLE = tl.constexpr(1.5)  # P < exp(-1.5 FAR) in the row and in the centre: no matter what d is there
 VANISHED = tl.constexpr(1.2e-38)  # the smallest normal number
 NOTHING = tl.constexpr(
     -1e3
@@ -37,24 +40,43 @@ def below_top(z, top, floor):
 
 
 @triton.jit
+def difference(x, y):
+    """(x - y rounded, what the rounding lost), which add up to x - y exactly; nothing is lost of infinities."""
+    out = x - y
+    rounded_y = x - out
+    lost = (x - (out + rounded_y)) + (rounded_y - y)
+    return out, tl.where(tl.abs(out) < float("inf"), lost, 0.0)
+
+
+@triton.jit
 def from_centre(z, top, live, centre, centre_top):
-    """d (R, BC); 0 where row and centre are both -inf, and in absent rows."""
-    d = (z - centre[None, :]) - (top - centre_top)[:, None]
+    """d (R, BC); 0 where row and centre are both -inf, and in absent rows.
+
+    The two differences are large numbers where rows are shifted against each other; what each rounds away is
+    found and added, so that d is right to its own last place.
+    """
+    by_column, lost = difference(z, centre[None, :])
+    by_row, lost_by_row = difference(top, centre_top)
+    d = (by_column - by_row[:, None]) + (lost - lost_by_row[:, None])
     dead = (z == -float("inf")) & (centre == -float("inf"))[None, :]
     return tl.where(dead | ~live[:, None], 0.0, d)
 
 
 @triton.jit
 def spread(Z, S, begin, end, centre, centre_top, col, low, high, floor, R: tl.constexpr, VEC: tl.constexpr):
-    """What decides the form, summed over rows begin to end: sum d^2 under P_b at a = low and high, and max |d|."""
+    """What decides the form, summed over rows begin to end: sum d^2 under P_b at a = low and high, and max |d| of
+    the entries where P or P_b would matter if a |d| were FAR."""
     squares = tl.zeros(centre.shape, tl.float32)
     widest = tl.zeros(centre.shape, tl.float32)
+    from_top = centre - centre_top
     for start in range(begin, end, R):
         _p, live, _row, top, z = load_rows(Z, S, start, end, col, R, VEC)
         d = from_centre(z, top, live, centre, centre_top)
         squares += tl.sum(d * d, 0)
-        widest = tl.maximum(widest, tl.max(tl.abs(d), 0))
-    x = tl.maximum(centre - centre_top, floor)
+        size = tl.abs(d)
+        matters = tl.maximum(z - top[:, None], from_top[None, :]) > -NEGLIGIBLE * size
+        widest = tl.maximum(widest, tl.max(tl.where(matters, size, 0.0), 0))
+    x = tl.maximum(from_top, floor)
     mild = tl.exp2(low * LOG2E * x)
     sharp = tl.exp2(high * LOG2E * x)
     return tl.sum(mild * squares, 0), tl.sum(sharp * squares, 0), tl.max(widest, 0)
@@ -107,6 +129,7 @@ def sums(
             d = from_centre(z, top, live, centre, centre_top)
             ratio = tl.where(inverse == 0, 1.0, inverse * sum_b[:, None])  # S_b / S
             grown = growths(d, a, base, KC, POWERS)
+            grown = tl.where(grown > BEYOND, BEYOND, grown)  # of a negligible entry
             terms = grown * ratio[:, :, None] + (ratio - 1.0)[:, :, None]
         else:
             terms = exponentials(below_top(z, top, floor), a, base, KC, POWERS) * inverse[:, :, None]

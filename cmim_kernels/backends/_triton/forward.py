@@ -3,13 +3,20 @@
 A program takes the clusters that start in a chunk of positions, in one tile of columns, and leaves for every row
 and temperature its tile's share of
 
-    A = sum_j P log(P/Q)            the mean log-ratio, which the gradient needs
+    A = sum_j S P t                 t as in columns.py, in either form
+    W = sum_j S P
     G = sum_j P log(P/Q) - P + Q    the divergence; as P excess(log(P/Q)) in the centred form
 
 The last program of a chunk to arrive adds the tiles up in their order, and the last of all chunks the chunks in
-theirs: counting arrivals is the only atomic operation, and no sum depends on who comes last. The rounding of
-log S moves log(P/Q) of a row by some eta, A by eta and G by eta^2/2: the divergence is G - (A - G)^2 / 2. Given
-centroids need not sum to one; there the same is had from sum P = 1 + A - G - (1 - sum Q).
+theirs: counting arrivals is the only atomic operation, and no sum depends on who comes last.
+
+A / W is the mean of t that the gradient subtracts, free of what 1/S has rounded. Where all tiles of a cluster are
+plain the divergence is A / W - lambda; G would add the rounding of sum P and sum Q, each near one. Else it is G,
+and of it what the rounding of log S has done is taken back: it moves log(P/Q) of a row by some eta, and with it
+A / W - lambda by eta and G by eta^2/2, so that half the square of what the two differ by comes off.
+
+Given centroids need not sum to one: A = sum_j P log(P/Q) and W = sum_j P there (given.py), and the same is had
+from sum P = 1 + A - G - (1 - sum Q).
 """
 
 import os
@@ -20,12 +27,15 @@ import triton.language as tl
 from .blocks import (
     COUNT,
     ENTROPY,
+    FIRST,
     LABEL,
+    LOG_SUM,
     MEAN_RATIO,
     ROW,
     WEIGHT,
     bundle,
     by_temperature,
+    chunk_and_tile,
     cluster_at,
     field,
     forms,
@@ -48,6 +58,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "
 NONE = tl.constexpr(0)
 MEAN = tl.constexpr(1)
 SPECTRUM = tl.constexpr(3)
+OVERFLOW = tl.constexpr(80.0)  # exp of it, times few, is finite
 TOTALS = tl.constexpr(3)  # of a chunk after its KC divergences: cross entropy, class weights, kept rows
 
 
@@ -109,12 +120,13 @@ def shares(
     col,
     parts,  # (2, tiles, N, K) from this tile: shares of G, of A
     part_stride,
+    masses,  # (tiles, N, K) from this tile: shares of W
     KC: tl.constexpr,
     POWERS: tl.constexpr,
     R: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Leaves G and A of rows begin to end in this tile of columns."""
+    """Leaves the shares of rows begin to end in this tile of columns."""
     a, base, floor = T
     K = S[4]
     k = tl.arange(0, KC)[:, None]
@@ -122,27 +134,27 @@ def shares(
         p, live, _row, top, z = load_rows(Z, S, start, end, col, R, VEC)
         x = below_top(z, top, floor)
         e = exponentials(x, a, base, KC, POWERS)
+        at = p.to(tl.int64)[None, :] * K + k
+        inside = (k < K) & live[None, :]
         if centred:
             shift = per_row(S[3], K, p, live, KC) - per_cluster(S[3], K, f, KC)[:, None]
-            inverse = per_row(S[2], K, p, live, KC)
             centre, centre_top = load_centre(Z, S, f, col, VEC)  # again: registers are short here
             d = from_centre(z, top, live, centre, centre_top)
             # t twice, in two ways of rounding: one sum after the other takes half the registers
             s = L[:, None, :] - (a[:, None, None] * d[None, :, :] - shift[:, :, None])
-            G = inverse * tl.sum(e * excess(s), 2)
-            A = inverse * tl.sum(
-                e * ((a[:, None, None] * d[None, :, :] - L[:, None, :]) - shift[:, :, None]), 2
-            )
+            s = tl.where(s > OVERFLOW, OVERFLOW, s)  # of an entry that does not matter
+            G = per_row(S[2], K, p, live, KC) * tl.sum(e * excess(s), 2)
+            tl.store(parts + at, G, mask=inside)
+            A, W = row_sums(e * (a[:, None, None] * d[None, :, :] - L[:, None, :]), e)
+            tl.store(parts + part_stride + at, A, mask=inside)
+            tl.store(masses + at, W, mask=inside)
         else:
-            A, mass = row_sums(e * (a[:, None, None] * x[None, :, :] - L[:, None, :]), e)
-            inverse = per_row(S[2], K, p, live, KC)
+            A, W = row_sums(e * (a[:, None, None] * x[None, :, :] - L[:, None, :]), e)
+            tl.store(parts + part_stride + at, A, mask=inside)
+            tl.store(masses + at, W, mask=inside)
             shift = per_row(S[3], K, p, live, KC) - per_cluster(S[3], K, f, KC)[:, None]
-            A = inverse * (A - shift * mass)
-            G = A - inverse * mass + q_mass[:, None]
-        at = p.to(tl.int64)[None, :] * K + k
-        mask = (k < K) & live[None, :]
-        tl.store(parts + at, G, mask=mask)
-        tl.store(parts + part_stride + at, A, mask=mask)
+            G = per_row(S[2], K, p, live, KC) * ((A - shift * W) - W) + q_mass[:, None]
+            tl.store(parts + at, G, mask=inside)
 
 
 @triton.jit
@@ -155,6 +167,25 @@ def row_totals(parts, tiles, N, K, p, busy, KC: tl.constexpr):
     for _ in range(tiles):
         total += tl.load(parts + at, mask=mask, other=0.0, cache_modifier=".cg")
         parts += tl.cast(N, tl.int64) * K
+    return total
+
+
+@triton.jit
+def wide_log(x):
+    """log x of normal float32 x > 0 as float64, to 3e-8: the exponent's part is exact. 0 for 0."""
+    bits = x.to(tl.int32, bitcast=True) - 0x3F3504F3  # the bits of sqrt(1/2)
+    rest = tl.log(((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True))
+    return tl.where(x > 0.0, (bits >> 23).to(tl.float64) * 0.6931471805599453 + rest, 0.0)
+
+
+@triton.jit
+def count_centred(saved, tiles, N, K, first, busy):
+    """(R,) how many tiles of the cluster that starts at `first` have the centred form."""
+    at = forms(saved, N, K) + first
+    total = tl.zeros(first.shape, tl.int32)
+    for _ in range(tiles):
+        total += tl.load(at, mask=busy, other=0, cache_modifier=".cg")
+        at += N
     return total
 
 
@@ -180,7 +211,7 @@ def finish_chunk(
     KC: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Rows begin to end, all of whose tiles are done: A for the gradient, the row's loss, the chunk's totals."""
+    """Rows begin to end, all of whose tiles are done: their means of t, losses, and the chunk's totals."""
     divergence = tl.zeros([KC], tl.float64)
     entropy = tl.zeros([R], tl.float64)
     weight = tl.zeros([R], tl.float64)
@@ -198,18 +229,30 @@ def finish_chunk(
             busy = (label >= 0) & ((count > 1) | GIVEN)
             G = row_totals(parts, tiles, N, K, p, busy, KC)
             A = row_totals(parts + part_stride, tiles, N, K, p, busy, KC)
+            mass = row_totals(masses, tiles, N, K, p, busy, KC)
             k = tl.arange(0, KC)[:, None]
             at = p.to(tl.int64)[None, :] * K + k
-            tl.store(by_temperature(saved, N, K, MEAN_RATIO) + at, A, mask=(k < K) & live[None, :])
-            G, gap = G.to(tl.float64), (A - G).to(tl.float64)
+            inside = (k < K) & busy[None, :]
             if GIVEN:
-                mass = row_totals(masses, tiles, N, K, p, busy, KC)
-                mass = tl.where(busy[None, :] & (k < K), mass, 1.0)
+                gap = A.to(tl.float64) - G
+                mass = tl.where(inside, mass, 1.0)
                 kl = (G + (mass - gap) * (mass - 1.0)) / mass - tl.log(mass)
-                near = tl.max((busy[None, :] & (k < K) & (kl < NEAR)).to(tl.int32), 0)
+                kl = tl.where(tl.abs(G) < float("inf"), kl, G)
+                near = tl.max((inside & (kl < NEAR)).to(tl.int32), 0)
                 tl.store(forms(saved, N, K) + p, near, mask=live)
+                mean = A
             else:
-                kl = G - 0.5 * gap * gap
+                first = tl.load(int_field(saved, N, FIRST) + p, mask=live, other=0)
+                log_s = by_temperature(saved, N, K, LOG_SUM)
+                shift = tl.load(log_s + at, mask=inside, other=0.0).to(tl.float64)
+                shift -= tl.load(log_s + first.to(tl.int64)[None, :] * K + k, mask=inside, other=0.0)
+                mean = A.to(tl.float64) / tl.where(inside, mass, 1.0)
+                gap = mean - shift - G
+                plain = busy & (count_centred(saved, tiles, N, K, first, busy) == 0)
+                log_b = tl.load(log_s + first.to(tl.int64)[None, :] * K + k, mask=inside, other=0.0)
+                kl = tl.where(plain[None, :], mean + log_b - wide_log(mass), G - 0.5 * gap * gap)
+                mean = mean.to(tl.float32)
+            tl.store(by_temperature(saved, N, K, MEAN_RATIO) + at, mean, mask=(k < K) & live[None, :])
             kl = tl.where((label == -2)[None, :], float("nan"), kl)
             divergence += tl.sum(kl, 1)
             loss += cmi_weight * tl.sum(kl * w[:, None], 0)
@@ -289,7 +332,7 @@ def forward_kernel(
     table,  # (3, KC) float64: a, w, the caller's index
     saved,
     parts,  # (2, tiles, N, K): shares of G and A
-    masses,  # (tiles, N, K) float64: shares of sum P; for given centroids only
+    masses,  # (tiles, N, K): shares of W; float64 for given centroids
     large_masses,  # (slots, tiles, K): sums of Q of large clusters
     totals,  # (chunks, KC + TOTALS) float64
     counters,  # (1 + chunks,) int32, zero
@@ -318,8 +361,7 @@ def forward_kernel(
     BC: tl.constexpr,
     FR: tl.constexpr,  # rows to a block of the last sums
 ):
-    chunk = tl.program_id(0)
-    tile = tl.program_id(1)
+    chunk, tile = chunk_and_tile(tiles)
     WHOLE: tl.constexpr = HAS_CMI and not GIVEN
     lo = chunk * CHUNK
     hi = tl.minimum(lo + CHUNK, N)
@@ -359,7 +401,8 @@ def forward_kernel(
                         Z, S, T, table, p, stop, f, n, col, tile_forms, KC, POWERS, R, VEC
                     )
                 shares(
-                    Z, S, T, p, stop, f, centred, L, q_mass, col, tile_parts, part_stride, KC, POWERS, R, VEC
+                    Z, S, T, p, stop, f, centred, L, q_mass, col, tile_parts, part_stride,
+                    masses + this_tile * K, KC, POWERS, R, VEC,
                 )  # fmt: skip
             p = stop
         end = p

@@ -63,7 +63,7 @@ def given_shares(
     col,
     parts,  # (2, tiles, N, K) from this tile: shares of G, of A
     part_stride,
-    masses,  # (tiles, N, K) float64 from this tile: shares of sum P
+    masses,  # (tiles, N, K) float64 from this tile: shares of W
     KC: tl.constexpr,
     POWERS: tl.constexpr,
     R: tl.constexpr,

@@ -8,7 +8,7 @@ a stretch, at most one, is put together from its parts in their order.
 import triton
 import triton.language as tl
 
-from .blocks import COUNT, FIRST, bundle, forms, int_field, large_logs, load_centre
+from .blocks import COUNT, FIRST, bundle, chunk_and_tile, forms, int_field, large_logs, load_centre
 from .columns import is_centred, logs, pulls, spread, sums
 
 SCALARS = tl.constexpr(3)
@@ -25,7 +25,9 @@ def large_at(saved, N, p, LARGE: tl.constexpr):
 @triton.jit
 def store_part(at, values, k, K, col, C):
     """Values (KC, BC) into a part (K, C)."""
-    tl.store(at + k[:, None] * C + col[None, :], values, mask=(k < K)[:, None] & (col < C)[None, :])
+    tl.store(
+        at + k.to(tl.int64)[:, None] * C + col[None, :], values, mask=(k < K)[:, None] & (col < C)[None, :]
+    )
 
 
 @triton.jit(do_not_specialize=["N", "C", "K", "row_units", "col_stride", "tiles", "up_stride"])
@@ -52,8 +54,7 @@ def large_parts_kernel(
     R: tl.constexpr,
     BC: tl.constexpr,
 ):
-    slot = tl.program_id(0)
-    tile = tl.program_id(1)
+    slot, tile = chunk_and_tile(tiles)
     lo = slot * LARGE
     hi = tl.minimum(lo + LARGE, N)
     Z, S = bundle(logits, row_units, col_stride, C, saved, N, K, VEC)
@@ -144,8 +145,7 @@ def large_whole_kernel(
     KC: tl.constexpr,
     BC: tl.constexpr,
 ):
-    slot = tl.program_id(0)
-    tile = tl.program_id(1)
+    slot, tile = chunk_and_tile(tiles)
     lo = slot * LARGE
     hi = tl.minimum(lo + LARGE, N)
     f, n = large_at(saved, N, hi - 1, LARGE)

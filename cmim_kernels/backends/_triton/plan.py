@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 MAX_CLASSES = 2**21
+MAX_ROWS = 2**30  # positions are int32
 MAX_TEMPERATURES = 64
 
 # `saved` is one float32 buffer. First these fields of N words each, by position: rows sorted by label, the
 # ignored ones last. ROW to LABEL are int32; LABEL is -1 for an ignored row and -2 for a label out of range.
 ROW, FIRST, COUNT, LABEL, TOP, ENTROPY, WEIGHT, PROBABILITY, INVERSE_SUM = range(9)
-# Then, by position and temperature (N, K): 1/S, log S (S = sum exp(a (z - max z))) and the row's mean of
-# log(P/Q) under P, as the kernels have it. Then (2,) normalisers, the form of every tile (tiles, N) int32, and
-# log Q of the large clusters (slots, K, C).
+# Then, by position and temperature (N, K): 1/S, log S (S = sum exp(a (z - max z))) and the row's mean under P
+# of columns.py's t, for given centroids of log(P/Q). Then (2,) normalisers, the form of every tile (tiles, N)
+# int32, and L of the large clusters (slots, K, C).
 INVERSE, LOG_SUM, MEAN_RATIO = range(3)
 
 # Up to so many rows a program finds a row's place by looking at all targets; beyond, they are sorted first,
@@ -30,11 +31,11 @@ WIDE, NARROW = 512, 256
 
 WARPS = 4
 # Left alone, NVIDIA's assembler spills a little where that lets one more program share a multiprocessor.
-OPTIONS = {"num_warps": WARPS} | ({} if torch.version.hip else {"maxnreg": 255})
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True} | ({} if torch.version.hip else {"maxnreg": 255})
 # Values of a block that a thread holds, all temperatures together: what the registers take. Half of that where
 # what a row has of its own by temperature is a lot, or a second table by temperature and column is held (for
 # upstream gradients of every row); a quarter for float64 (given centroids).
-THREAD_VALUES, MANY_TEMPERATURES = 64, 16
+THREAD_VALUES, MANY_TEMPERATURES = 32, 32
 ROWS_OF_SUMS = 64  # rows to a block where there are eight numbers of each, and nothing else
 
 
