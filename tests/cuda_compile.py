@@ -80,19 +80,25 @@ def compiled() -> list[Usage]:
     return usages(done.stdout + done.stderr)
 
 
-def table() -> str:
-    """Markdown: registers of every kernel on every architecture."""
-    found = compiled()
+def table(found: list[Usage]) -> str:
+    """Markdown: the registers of every kernel on every architecture, the most among its kinds."""
     architectures = sorted({u.architecture for u in found}, key=lambda name: int(name.split("_")[1]))
-    lines = ["| kernel | logits | temperatures at a time | " + " | ".join(architectures) + " |"]
-    lines += ["|---|---|---|" + "---|" * len(architectures)]
-    order = {name: i for i, name in enumerate(["fused_forward", "gradient", "row_dots"])}
-    rows = sorted({u[:3] for u in found}, key=lambda row: (order.get(row[0], 9), row))
-    for row in rows:
-        cells = [next(str(u.registers) for u in found if u[:4] == (*row, a)) for a in architectures]
-        lines.append(f"| {row[0]} | {row[1]} | {row[2]} | " + " | ".join(cells) + " |")
+    lines = ["| kernel | arithmetic | " + " | ".join(architectures) + " |"]
+    lines += ["|---|---|" + "---|" * len(architectures)]
+    for kernel in dict.fromkeys(u.kernel for u in found):
+        for arithmetic in ("float32", "float64"):
+            cells = [
+                max(
+                    u.registers
+                    for u in found
+                    if (u.kernel, u.architecture) == (kernel, architecture)
+                    and (u.storage == "float64") == (arithmetic == "float64")
+                )
+                for architecture in architectures
+            ]
+            lines.append(f"| `{kernel}` | {arithmetic} | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(compiled()))
