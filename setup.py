@@ -42,6 +42,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 OLDEST_CUDA = (12, 0)
 USUAL_CUDA_HOME = "/usr/local/cuda"
+OLDEST_ARCHITECTURE = 80  # copies to shared memory without a stop in registers
 CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 
 
@@ -135,9 +136,12 @@ def cuda_architecture_flags(nvcc: Path) -> list[str]:
     listed = subprocess.run([str(nvcc), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
     known = set(re.findall(r"compute_(\d+)", listed))
     wanted = re.findall(r"\d+", os.environ.get("CUDA_ARCH_LIST", "").replace(".", "")) or CUDA_ARCHITECTURES
-    chosen = sorted(known.intersection(wanted), key=int)
+    chosen = sorted((n for n in known.intersection(wanted) if int(n) >= OLDEST_ARCHITECTURE), key=int)
     if not chosen:
-        raise SystemExit(f"{nvcc} knows none of the architectures {' '.join(wanted)}: set CUDA_ARCH_LIST.")
+        raise SystemExit(
+            f"{nvcc} knows none of the architectures {' '.join(wanted)} from {OLDEST_ARCHITECTURE} on: "
+            "set CUDA_ARCH_LIST."
+        )
     flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in chosen]
     return [*flags, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 

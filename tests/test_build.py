@@ -174,9 +174,10 @@ class TestCuda:
             "-gencode=arch=compute_90,code=sm_90",
             "-gencode=arch=compute_90,code=compute_90",
         ]
-        monkeypatch.setenv("CUDA_ARCH_LIST", "70")
-        with pytest.raises(SystemExit, match="none of the architectures 70"):
-            setup.cuda_architecture_flags(nvcc)
+        for unknown in ("75", "130"):
+            monkeypatch.setenv("CUDA_ARCH_LIST", unknown)
+            with pytest.raises(SystemExit, match=f"none of the architectures {unknown} from 80 on"):
+                setup.cuda_architecture_flags(nvcc)
 
 
 def test_the_build_asks_for_no_torch() -> None:

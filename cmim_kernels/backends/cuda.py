@@ -21,7 +21,7 @@ NAME = "cuda"
 SAVED_IS_GRADIENT = False
 
 MAX_TEMPERATURES = 64
-_MAX_SIZE = (2**31 - 1) // 64  # of N and of C
+_MAX_SIZE = (2**31 - 1) // 128  # of N and of C: kMaxSize in csrc/cuda/problem.h
 _CHUNK = 8  # temperatures that the kernels' statistics are padded to
 
 

@@ -91,7 +91,7 @@ Call make_call(const Tensor& logits, const Tensor& target, const Doubles& a, con
                   "logits, target: expected (N, C) and (N,)");
   STD_TORCH_CHECK(same_device(logits, target), "target: expected on the device of logits");
   STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "target: expected int64");
-  constexpr int64_t most = std::numeric_limits<int>::max() / 64;
+  constexpr int64_t most = cmim::cuda::kMaxSize;
   STD_TORCH_CHECK(logits.size(0) <= most && logits.size(1) >= 1 && logits.size(1) <= most,
                   "logits: expected 1 <= C and N, C <= ", most);
   STD_TORCH_CHECK(a.size() == w.size() && !a.empty() && a.size() <= size_t(cmim::cuda::kMaxTemperatures),

@@ -10,12 +10,13 @@ constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kVector = 4;  // neighbouring columns that one thread works on
 constexpr int kBatch = 64;  // rows whose constants lie in shared memory at a time
-constexpr int kManyRows =
-    8;  // a class of so many rows may be cut into narrow tiles, to keep every block busy
-constexpr int kNarrowLanes = 64;      // threads to a row of those
-constexpr int kMaxTemperatures = 64;  // K
-constexpr int kChainChunk = 8;        // temperatures that share one exponential, kept in registers together
-constexpr int kDirectChunk = 4;       // temperatures at a time where each has an exponential of its own
+// A class of kManyRows may be cut into narrow tiles, kNarrowLanes threads to a row, to keep every block busy.
+constexpr int kManyRows = 8;
+constexpr int kNarrowLanes = 64;
+constexpr int kMaxTemperatures = 64;                           // K
+constexpr int kMaxSize = 2147483647 / (2 * kMaxTemperatures);  // N and C: so that N K fits 32 bits
+constexpr int kChainChunk = 8;   // temperatures that share one exponential, kept in registers together
+constexpr int kDirectChunk = 4;  // temperatures at a time where each has an exponential of its own
 
 enum class Storage : int { f32, f64, bf16, f16 };
 enum Reduction : int { kNone, kMean, kSum, kSpectrum };
@@ -73,9 +74,9 @@ struct Saved {
 
 enum Total { kKept, kWeightSum, kSmoothingSum, kPresent, kTotals };
 
-// A label out of range and its row in one word, so that it is written at once; never 0. N < 2^25. Labels
+// A label out of range and its row in one word, so that it is written at once; never 0. Labels
 // beyond 37 bits are reported as the nearest that fits.
-constexpr int kRowBits = 26;
+constexpr int kRowBits = 26;  // 1 + row fits: see kMaxSize
 constexpr int64_t kLargestLabel = (int64_t(1) << (63 - kRowBits)) - 1;
 
 // Elements of A that Saved takes in one tensor

@@ -2,14 +2,14 @@
 //
 //   count_classes, list_classes   which positions belong to which class
 //   statistics                    of every row by itself
-//   divergences                   of a class, by parts of its columns
+//   plain_divergences             of a class, by parts of its columns
 //   sum_classes                   adds the parts up, and finds the classes that have collapsed
-//   centred_parts, growths, centred_divergences, sum_again    only for those; else they end at once
+//   centred_parts, growths, centred_divergences, sum_classes again    for those; else they end at once
 //   value
 //
-// Every kernel goes over its share of the rows or of the items (a part of a class's columns) in a loop, so
-// that the grid does not depend on the labels. Logits are read twice from memory, four times in collapsed
-// classes: a tile's second reading finds it in the cache. Memory is O(K N).
+// Every kernel goes over its share of the rows, or of the items (parts of a class's columns), in a loop: the
+// host does not know how many classes there are. Logits are read twice from memory, four times in collapsed
+// classes; a tile's second reading finds it in a cache. Memory is O(K N), times the parts.
 #include "classes.cuh"
 #include "launch.h"
 
