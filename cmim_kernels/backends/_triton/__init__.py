@@ -1,10 +1,12 @@
 """The Triton kernels. Importing this package imports no Triton: only `plan` does without it.
 
     plan         sizes and layouts, chosen by shape; the temperatures as the kernels want them
-    elementary   functions of a block: exponentials at every temperature, expm1, log1p, psi
+    elementary   functions of a block: exponentials at every temperature, expm1, log1p, excess
+    blocks       where things lie in memory, and blocks of logits as the kernels read them
     rows         one launch: rows grouped by label, log-sum-exp at every temperature, cross entropy
     columns      log Q of one cluster in one tile of columns
     large        the same for clusters of many rows, by several programs
+    given        divergences where the centroids are given
     forward      divergences of every row; the last program of a chunk and of the grid reduce them
     backward     the gradient
     centroids    the centroids themselves, as a result

@@ -244,12 +244,13 @@ def finish_chunk(
             else:
                 first = tl.load(int_field(saved, N, FIRST) + p, mask=live, other=0)
                 log_s = by_temperature(saved, N, K, LOG_SUM)
-                shift = tl.load(log_s + at, mask=inside, other=0.0).to(tl.float64)
-                shift -= tl.load(log_s + first.to(tl.int64)[None, :] * K + k, mask=inside, other=0.0)
+                log_b = tl.load(log_s + first.to(tl.int64)[None, :] * K + k, mask=inside, other=0.0).to(
+                    tl.float64
+                )
+                shift = tl.load(log_s + at, mask=inside, other=0.0) - log_b
                 mean = A.to(tl.float64) / tl.where(inside, mass, 1.0)
                 gap = mean - shift - G
                 plain = busy & (count_centred(saved, tiles, N, K, first, busy) == 0)
-                log_b = tl.load(log_s + first.to(tl.int64)[None, :] * K + k, mask=inside, other=0.0)
                 kl = tl.where(plain[None, :], mean + log_b - wide_log(mass), G - 0.5 * gap * gap)
                 mean = mean.to(tl.float32)
             tl.store(by_temperature(saved, N, K, MEAN_RATIO) + at, mean, mask=(k < K) & live[None, :])
