@@ -49,6 +49,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", ["default", "rows"])
 def test_strides_change_nothing(place: Place, layout: str, dtype: torch.dtype, options: str) -> None:
+    if place.interpreted and dtype == torch.float16:
+        pytest.skip("slow: strides and vectors are those of bfloat16")
     logits, target = OPTIONS[options].batch(regime("classes_33"), dtype, place.device, 0)
     strided = LAYOUTS[layout](logits)
     assert torch.equal(strided, logits)
