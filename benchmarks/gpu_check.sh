@@ -63,17 +63,22 @@ names=(device cuda triton reference) # the last three as tests/conftest.py names
   for name in "${names[@]:1}"; do
     grep -l "place: Place" tests/test_*.py | grep -v test_cuda_ | sed "s/^/$name /"
   done
-} | xargs -P 12 -L 1 bash -c 'run_file "$@"' run_file
+} >"$LOGS/jobs"
+timeout 170 xargs -P 12 -L 1 bash -c 'run_file "$@"' run_file <"$LOGS/jobs"
 for name in "${names[@]}"; do
   worst=0
-  for log in "$LOGS/tests-$name-"*.status; do
-    status=$(cat "$log")
+  : >"$LOGS/tests-$name"
+  while read -r of file; do
+    if [ "$of" != "$name" ]; then continue; fi
+    log=$LOGS/tests-$name-$(basename "$file" .py)
+    status=$(cat "$log.status" 2>/dev/null || echo 124) # none: there was no time for it
     if [ "$status" -ne 0 ] && [ "$status" -ne 5 ]; then
       worst=$status
-      tail -n 60 "${log%.status}"
+      echo "gpu-check: $name, $file: ended with $status"
+      tail -n 60 "$log" 2>/dev/null
     fi
-  done
-  grep -hE "^(FAILED|ERROR)|passed|failed|error" "$LOGS/tests-$name-"* >"$LOGS/tests-$name" || true
+    grep -hE "^(FAILED|ERROR)| passed| failed| error" "$log" >>"$LOGS/tests-$name" 2>/dev/null
+  done <"$LOGS/jobs"
   finish "tests, $name" "$worst" "$LOGS/tests-$name"
 done
 
