@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.contenders import LossFunction, usable
 from benchmarks.environment import environment
+from benchmarks.gpu_step import steps
 from benchmarks.paired import Timed, paired
 from cmim_kernels import fused_cmi_loss
 
@@ -116,6 +117,12 @@ def roofline_bars(backend: str) -> list[Bar]:
     return bars
 
 
+def step_bar(backend: str) -> Bar:
+    ours, baseline = steps([loss_of(backend), F.cross_entropy])
+    seconds, ratio = against(ours, baseline, 8.0)
+    return Bar("ResNet-50 training step, batch 256", backend, seconds, "F.cross_entropy's", ratio, 1.01)
+
+
 def report(bars: list[Bar], checks: dict[str, str]) -> str:
     e = environment()
     lines = [
@@ -134,7 +141,7 @@ def main() -> None:
     results, table, *outcomes = sys.argv[1:]
     checks = dict(outcome.split("=", 1) for outcome in outcomes)
     backends = [b for b in BACKENDS if usable([f"fused[{b}]"], "cuda")]
-    bars = [bar for b in backends for bar in (*cross_entropy_bars(b), *roofline_bars(b))]
+    bars = [bar for b in backends for bar in (*cross_entropy_bars(b), *roofline_bars(b), step_bar(b))]
     path = Path(results)
     data = json.loads(path.read_text()) if path.is_file() else {"benchmarks": []}
     data["gpu_check"] = {

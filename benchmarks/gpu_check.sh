@@ -64,7 +64,7 @@ names=(device cuda triton reference) # the last three as tests/conftest.py names
     grep -l "place: Place" tests/test_*.py | grep -v test_cuda_ | sed "s/^/$name /"
   done
 } >"$LOGS/jobs"
-timeout 170 xargs -P 12 -L 1 bash -c 'run_file "$@"' run_file <"$LOGS/jobs"
+timeout 160 xargs -P 12 -L 1 bash -c 'run_file "$@"' run_file <"$LOGS/jobs"
 for name in "${names[@]}"; do
   worst=0
   : >"$LOGS/tests-$name"
@@ -100,10 +100,10 @@ for i in "${!tools[@]}"; do
   finish "compute-sanitizer ${tools[$i]}" $? "$LOGS/${tools[$i]}"
 done
 
-timeout 110 python -m pytest benchmarks --benchmark-only --device cuda -p no:cacheprovider \
+timeout 90 python -m pytest benchmarks --benchmark-only --device cuda -p no:cacheprovider \
   -k "fused and (256x1000 or 4096x1000) and not spread" --benchmark-json="$OUT/gpu.json" >"$LOGS/benchmarks" 2>&1
 finish benchmarks $? "$LOGS/benchmarks"
-timeout 60 python benchmarks/gpu_bars.py "$OUT/gpu.json" "$OUT/gpu.md" "${outcomes[@]}" >"$LOGS/bars" 2>&1
+timeout 90 python benchmarks/gpu_bars.py "$OUT/gpu.json" "$OUT/gpu.md" "${outcomes[@]}" >"$LOGS/bars" 2>&1
 finish bars $? "$LOGS/bars"
 cat "$LOGS/bars"
 if [ -f "$OUT/gpu.json" ]; then

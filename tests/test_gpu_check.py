@@ -12,7 +12,7 @@ import pytest
 import torch
 from cuda_emulated import emulated
 
-from benchmarks import gpu_bars, gpu_cases
+from benchmarks import gpu_bars, gpu_cases, gpu_step
 from cmim_kernels.backends import cuda
 
 ROOT = Path(__file__).parent.parent
@@ -143,3 +143,22 @@ def test_the_table_of_bars() -> None:
     assert "| tests, cuda | failed |" in table
     assert "| 256x1000, eager | cuda | 60.0 us | F.cross_entropy | 1.20 | 1.30 | met |" in table
     assert "| 1.80 | 1.30 | **missed** |" in table
+
+
+def test_the_training_step() -> None:
+    """ResNet-50 has the parameters it is known for, and a step changes them."""
+    with torch.device("meta"):
+        model = gpu_step.ResNet50()
+        assert sum(p.numel() for p in model.parameters()) == 25_557_032
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+    seen = []
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.detach())
+        return torch.nn.functional.cross_entropy(logits, target)
+
+    (timed,) = gpu_step.steps([loss], n=2, size=32, device="cpu")
+    timed.run(None)
+    timed.run(None)
+    assert seen[0].shape == (2, 1000)
+    assert not torch.equal(seen[0], seen[1])
