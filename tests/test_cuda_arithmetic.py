@@ -11,8 +11,11 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from cuda_calls import needs_x86
 from cuda_emulated import EMULATOR, ROOT, compiler, run
 from numpy.typing import NDArray
+
+pytestmark = needs_x86  # the emulator's file is part of the library
 
 Array = NDArray[np.floating]
 DTYPES = {"f32": np.float32, "f64": np.float64}

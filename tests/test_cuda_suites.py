@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 
 import pytest
 from conftest import ALL, Place
+from cuda_calls import needs_x86
 from cuda_emulated import FUSED, TILED, emulated, settings
 from test_budget import (  # noqa: F401
     test_double_precision_agrees_with_the_reference,
@@ -63,9 +63,7 @@ from test_untouched import (  # noqa: F401
 
 from cmim_kernels import dispatch
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64", reason="the emulator switches between threads in x86-64 machine code"
-)
+pytestmark = needs_x86
 
 
 @pytest.fixture(params=[FUSED, TILED], ids=["fused", "tiled"])

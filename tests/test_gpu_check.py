@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_calls import needs_x86
 from cuda_emulated import emulated
 
 from benchmarks import gpu_bars, gpu_cases, gpu_step
@@ -117,6 +118,7 @@ def test_the_tools_it_needs() -> None:
     assert shutil.which("xargs")
 
 
+@needs_x86
 def test_the_sanitizers_cases(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """All of them, in the emulator."""
     backend = emulated()
