@@ -17,9 +17,9 @@
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
-// Bounds of a_K |d|. |log P - log Pbar| is at most twice that and |t| four times, within psi_ratio<4>'s
-// domain for the first; for the second the domain of psi_ratio<8> is checked.
-constexpr float kNarrowest = 0.07f, kNarrow = 1.0f;
+// Bounds of a_K |d|. |log P - log Pbar| is at most twice that and |t| four times, within the domains of
+// psi_ratio<2> and <4> for the first two; for the third the domain of psi_ratio<8> is checked.
+constexpr float kCollapsed = 0.005f, kNarrowest = 0.07f, kNarrow = 1.0f;
 constexpr int kProbed = 8;  // vectors of two rows that are compared at a time
 
 struct Narrow : Rows<float> {
@@ -114,15 +114,19 @@ struct Narrow : Rows<float> {
           Exponentials<Source::chain, float> ex(ebar + j, 0, nullptr, job.power0 + k0);
           for (int k = 0; k < N; ++k) s[k] += ex.at(k);
         }
-        for (int k = 0; k < N; ++k) sbar[k0 + k] += double(sum_lanes<float>(s[k]));
+        add_lanes<float, N>(s, sbar + k0);
       }
     });
     for (int k = 0; k < K; ++k) inv_sbar[k] = float(1 / sbar[k]);
     one_sum = 0;
-    for (int64_t j = 0; job.has_ce && j < Cp; j += W) {
-      const V y = exp_nonpositive(at_least(load<V>(center + j) - top, kVanishes<float>));
-      store(one + j, y);
-      one_sum += double(sum_lanes<float>(y));
+    for (int64_t j0 = 0; job.has_ce && j0 < Cp; j0 += kFlushVectors * W) {
+      V part{};
+      for (int64_t j = j0; j < Cp && j < j0 + kFlushVectors * W; j += W) {
+        const V y = exp_nonpositive(at_least(load<V>(center + j) - top, kVanishes<float>));
+        store(one + j, y);
+        part += y;
+      }
+      one_sum += double(sum_lanes<float>(part));
     }
     for (int64_t j = 0; j < Cp; j += W)
       store(weight + j, power<float>(load<V>(ebar + j), job.power0 + K - 1) * inv_sbar[K - 1]);
@@ -139,21 +143,22 @@ struct Narrow : Rows<float> {
       const V d = z == c ? V{} : z - c;  // equal where a class is masked for the cluster: -inf less -inf
       store(x + j, d);
       dot += load<V>(weight + j) * d;
-      high = vmax<float>(d < 0.0f ? -d : d, high);
+      high = vmax<float>(magnitude(d), high);
     }
-    shift[i] = sum_lanes<float>(dot);
+    const float constant = sum_lanes<float>(dot);
     V wide{};
     for (int64_t j = 0; j < Cp; j += W) {
-      const V d = load<V>(x + j) - shift[i];
+      const V d = load<V>(x + j) - constant;
       store(x + j, d);
       store(v1 + j, expm1_small(base * d));
-      const V size = d < 0.0f ? -d : d;
-      wide = size <= wide ? wide : size;  // keeps a NaN
+      wide = vmax<float>(magnitude(d), wide);
     }
-    spread[i] = 0;
-    for (int l = 0; l < W; ++l) spread[i] = wide[l] <= spread[i] ? spread[i] : wide[l];
-    // z - zbar was rounded in units of its own size: with large shifts between the rows nothing of d is left
-    if (max_lanes<float>(high) > 16 * spread[i]) spread[i] = __builtin_inff();
+    shift[i] = constant;
+    const float most = max_lanes<float>(wide);
+    // z - zbar was rounded in units of its own size: with large shifts between the rows nothing of d is left.
+    // A NaN in any d is one in the constant too.
+    const bool lost = max_lanes<float>(high) > 16 * most || constant != constant;
+    spread[i] = lost ? __builtin_inff() : most;
     for (int64_t at = i * K; at < (i + 1) * K; ++at) acc[at] = V{}, sum[at] = 0;
   }
 
@@ -355,7 +360,9 @@ struct Narrow : Rows<float> {
         team, [&](int64_t t, int64_t slot) { mean_tile(t, slot); },
         [&](int64_t i, int64_t t, int64_t slot) { row_sums(i, t, slot); });
     if (!finish_sums()) return false;
-    if (most <= kNarrowest) {
+    if (most <= kCollapsed) {
+      divergences<2>(team);
+    } else if (most <= kNarrowest) {
       divergences<4>(team);
     } else {
       divergences<8>(team);

@@ -20,10 +20,10 @@ struct Job {
   const double* w;   // (K) weights of CMI_k in row_cmi
   const double*
       coeff;    // (K) what a_k P (t - KL) is multiplied by in the gradient: w_k a_k cmi_weight / normaliser
-  double base;  // a[k] = (power0 + k) * base where power0 > 0; otherwise every a_k takes an exponential of
-                // its own
-  int power0;
-  int ce_index;  // the k with a_k = 1, or -1
+  double base;  // a[k] = multiple[k] * base
+  const int* multiple;  // (K); nullptr: every a_k takes an exponential of its own
+  int power0;           // where the multiples are consecutive, the first of them, else 0
+  int ce_index;         // the k with a_k = 1, or -1
 
   const void* class_weight;  // (C) float, double for double logits; nullptr: ones
   const void*

@@ -49,40 +49,26 @@ inline double class_weight(const Job& job, int64_t j) {
   return job.class_weight ? entry(job, job.class_weight, j) : 1.0;
 }
 
-// z(row, j ..) as T, -inf beyond the last class
-template <class T, class S>
-struct RowReader {
-  const S* z;
-  int64_t classes, stride;
-
-  CMIM_INLINE Vec<T> operator()(int64_t j) const {
-    constexpr int W = Simd<T>::width;
-    const int64_t valid = classes - j < W ? classes - j : W;
-    S gathered[W];
-    const S* from = z + j;
-    if (stride != 1) {
-      for (int64_t l = 0; l < valid; ++l) gathered[l] = z[(j + l) * stride];
-      from = gathered;
-    }
-    return valid == W ? Convert<T, S>::from(from) : load_tail<T, S>(from, valid);
-  }
-};
-
-template <class T, class F>
-CMIM_INLINE void with_row(const Job& job, int64_t row, F&& f) {
-  with_storage(job.storage, [&](auto tag) CMIM_INLINE_LAMBDA {
-    using S = decltype(tag);
-    if constexpr (sizeof(S) <= sizeof(T))  // double logits are never computed in float
-      f(RowReader<T, S>{static_cast<const S*>(job.logits) + row * job.row_stride, job.classes,
-                        job.col_stride});
-  });
-}
-
 // z(row, :) in x, padded with -inf to whole vectors
 template <class T>
 inline void load_row(const Job& job, int64_t row, T* x) {
-  with_row<T>(job, row, [&](auto read) CMIM_INLINE_LAMBDA {
-    for (int64_t j = 0; j < job.classes; j += Simd<T>::width) store(x + j, read(j));
+  constexpr int W = Simd<T>::width;
+  const int64_t C = job.classes, whole = C / W * W, stride = job.col_stride;
+  with_storage(job.storage, [&](auto tag) CMIM_INLINE_LAMBDA {
+    using S = decltype(tag);
+    if constexpr (sizeof(S) <= sizeof(T)) {  // double logits are never computed in float
+      const S* const z = static_cast<const S*>(job.logits) + row * job.row_stride;
+      const auto gathered = [=](int64_t j, int64_t count, S* to) {
+        for (int64_t l = 0; l < count; ++l) to[l] = z[(j + l) * stride];
+        return to;
+      };
+      S lanes[W]{};
+      if (stride == 1)
+        for (int64_t j = 0; j < whole; j += W) store(x + j, Convert<T, S>::from(z + j));
+      else
+        for (int64_t j = 0; j < whole; j += W) store(x + j, Convert<T, S>::from(gathered(j, W, lanes)));
+      if (whole < C) store(x + whole, load_tail<T, S>(gathered(whole, C - whole, lanes), C - whole));
+    }
   });
 }
 

@@ -47,7 +47,7 @@ CMIM_INLINE Vec<T> power(Vec<T> x, int p) {  // p >= 1
 // Where a pass has exp(a_k x) from, at every temperature.
 enum class Source {
   chain,   // powers of exp(base x), a_k = (power0 + k) base: from E, (n, Cp)
-  stored,  // computed once per cluster: E is (n, K, Cp)
+  stored,  // computed once per cluster, as powers where the grid has a base: E is (n, K, Cp)
   direct,  // computed at each use from X, (n, Cp), where storing them would leave the second-level cache
 };
 
@@ -70,6 +70,25 @@ struct Exponentials {
     if constexpr (kSource == Source::direct) return exp_nonpositive(a[k] * one);
     if (k > 0) now *= one;
     return now;
+  }
+};
+
+// The same where the a_k are multiples of a base that leave some out: low powers of exp(base x), and high
+// ones, which carry its rounding many times over, by themselves
+constexpr int kHighestPower = 4;
+template <class T>
+struct Powers {
+  Vec<T> x, one;
+  const T* a;
+  const int* multiple;
+
+  CMIM_INLINE Powers(const T* place, T base, const T* inverse_temperatures, const int* multiples)
+      : x(load<Vec<T>>(place)),
+        one(exp_nonpositive(base * x)),
+        a(inverse_temperatures),
+        multiple(multiples) {}
+  CMIM_INLINE Vec<T> at(int k) {
+    return multiple[k] <= kHighestPower ? power<T>(one, multiple[k]) : exp_nonpositive(a[k] * x);
   }
 };
 

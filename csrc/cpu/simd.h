@@ -96,6 +96,9 @@ template <class T>
 CMIM_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
+CMIM_INLINE Vec<float> magnitude(Vec<float> v) {
+  return bits<Vec<float>>(bits<Unsigned<float>>(v) & 0x7fffffff);
+}
 // v where it is larger or NaN, else the limit
 template <class T>
 CMIM_INLINE Vec<T> at_least(Vec<T> v, T limit) {

@@ -15,6 +15,7 @@
 // cancels.
 #pragma once
 
+#include "label.h"
 #include "rows.h"
 
 namespace cmim::cpu {
@@ -46,15 +47,18 @@ struct Wide : Rows<T> {
   T *mix, *mix_up;           // (n, K) weight of the row's exponentials in Q, and in R
   T *log_mean, *up;          // (K), (n) upstream gradient
   T* tops;                   // (n) largest logit
-  T *log_label, *rho_label;  // (K) L and rho at the cluster's label
+  LabelColumn<kPerRow> label;
+  T *log_label, *rho_label;  // (K) L and rho at the label
   T *L, *Q, *rho;            // (slots, K, kStride)
 
-  Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl), slots(whole ? tiles : 1) {
+  Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws)
+      : Base(j, cl), slots(whole ? tiles : 1), label(j, cl) {
     typename Base::Layout layout{0};
     place(layout);
     layout.at = reinterpret_cast<int64_t>(reserve(ws, layout.at));
     place(layout);
     this->fill();
+    if (job.grad) label.fill();
   }
   void place(typename Base::Layout& layout) {
     Base::place(layout, source == Source::direct);
@@ -65,8 +69,8 @@ struct Wide : Rows<T> {
     layout.take(excess, kGiven && !kCareful ? K : 0), layout.take(mean_kl, kCareful ? 0 : K);
     layout.take(mix, n * K), layout.take(mix_up, kPerRow ? n * K : 0);
     layout.take(log_mean, K), layout.take(up, n), layout.take(tops, n);
-    layout.take(log_label, K + Simd<double>::width),
-        layout.take(rho_label, kPerRow ? K + Simd<double>::width : 0);
+    if (job.grad) label.place(layout);
+    layout.take(log_label, kCareful ? K : 0), layout.take(rho_label, kPerRow ? K : 0);
     layout.take(L, slots * K * kStride);
     layout.take(Q, kCareful ? slots * K * kStride : 0);
     layout.take(rho, kPerRow ? slots * K * kStride : 0);
@@ -84,34 +88,26 @@ struct Wide : Rows<T> {
       store(x + j, v);
       if constexpr (kSource == Source::chain) store(e + j, exp_nonpositive(base * v));
     });
-    double* const sums = off + i * K;  // its place until centre()
-    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(chunk)::value;
-      // the stored exponentials are made here, so that this one pass computes them
-      constexpr Source kFrom = kSource == Source::stored ? Source::direct : kSource;
-      const T* const from = this->template place_of<kFrom>(i, k0);
-      T ak[N];  // a copy, which no store into E can change
-      for (int k = 0; k < N; ++k) ak[k] = a[k0 + k];
-      T* const keep = this->template place_of<kSource>(i, k0);
-      const int p = job.power0 + k0;
-      for (int k = 0; k < N; ++k) sums[k0 + k] = 0;
-      for (int64_t j0 = 0; j0 < Cp; j0 += kFlushVectors * W) {
-        const int64_t end = j0 + kFlushVectors * W < Cp ? j0 + kFlushVectors * W : Cp;
-        V s[N] = {};
-        for (int64_t j = j0; j < end; j += W) {
-          Exponentials<kFrom, T> ex(from + j, Cp, ak, p);
-          for (int k = 0; k < N; ++k) {
-            const V e = ex.at(k);
-            s[k] += e;
-            if constexpr (kSource == Source::stored) store(keep + k * Cp + j, e);
-          }
-        }
-        add_lanes<T, N>(s, sums + k0);
-      }
-    });
+    double* const sums = off + i * K;           // its place until centre()
+    if constexpr (kSource == Source::stored) {  // here, so that one pass makes them and adds them up
+      if (job.multiple)
+        sum_exponentials<kSource>(i, sums, [=](const T* at, int k0) CMIM_INLINE_LAMBDA {
+          return Powers<T>(at, base, a + k0, job.multiple + k0);
+        });
+      else
+        sum_exponentials<kSource>(i, sums, [=](const T* at, int k0) CMIM_INLINE_LAMBDA {
+          return Exponentials<Source::direct, T>(at, 0, a + k0, 0);
+        });
+    } else {
+      sum_exponentials<kSource>(i, sums, [=](const T* at, int k0) CMIM_INLINE_LAMBDA {
+        return Exponentials<kSource, T>(at, 0, a + k0, job.power0 + k0);
+      });
+    }
     const double s_ce = this->own_ce() ? unscaled(i) : job.has_ce ? sums[job.ce_index] : 0;
     const double upstream = job.upstream ? job.upstream[row] : 1.0;
     this->set_row(i, sums, s_ce, kPerRow ? 1.0 : upstream);
+    if (job.grad)
+      label.template set_row<kCareful ? 12 : 7>(i, double(top), double(kVanishes<T>) / job.a[0], sums, s_ce);
     if (this->own_ce() || !job.has_ce)
       this->set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(top));
     up[i] = T(upstream);
@@ -121,6 +117,31 @@ struct Wide : Rows<T> {
       if constexpr (kPerRow) mix_up[at] = mix[at] * up[i];
       if constexpr (kCareful) kl_acc[at] = V{}, kl_sum[at] = 0;
     }
+  }
+
+  // sums[k] = S_k. make(place in E or X, k0) gives the exponentials of a chunk; stored ones are kept in E.
+  template <Source kSource, class F>
+  CMIM_INLINE void sum_exponentials(int64_t i, double* sums, F&& make) {
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value;
+      const int64_t Cp = this->Cp;
+      const T* const from = (kSource == Source::chain ? E : X) + i * Cp;
+      T* const keep = E + (i * K + k0) * Cp;
+      for (int k = 0; k < N; ++k) sums[k0 + k] = 0;
+      for (int64_t j0 = 0; j0 < Cp; j0 += kFlushVectors * W) {
+        const int64_t end = j0 + kFlushVectors * W < Cp ? j0 + kFlushVectors * W : Cp;
+        V s[N] = {};
+        for (int64_t j = j0; j < end; j += W) {
+          auto ex = make(from + j, k0);
+          for (int k = 0; k < N; ++k) {
+            const V e = ex.at(k);
+            s[k] += e;
+            if constexpr (kSource == Source::stored) store(keep + k * Cp + j, e);
+          }
+        }
+        add_lanes<T, N>(s, sums + k0);
+      }
+    });
   }
 
   // exp(X) and its sum, for the cross entropy where 1 is not one of the inverse temperatures
@@ -201,7 +222,7 @@ struct Wide : Rows<T> {
           store(l + k * kStride + j,
                 mean < kSmallestNormal<T> ? splat(kGiven ? T(-__builtin_inf()) : T(0)) : log_q);
         }
-        if (cluster.label >= begin && cluster.label < end) {
+        if (kCareful && cluster.label >= begin && cluster.label < end) {
           log_label[k0 + k] = l[k * kStride + cluster.label];
           if constexpr (kPerRow) rho_label[k0 + k] = rho_to[k * kStride + cluster.label];
         }
@@ -279,6 +300,15 @@ struct Wide : Rows<T> {
     });
   }
 
+  void finish_label() {
+    if constexpr (kCareful)
+      label.finish(off, log_label, rho_label);
+    else
+      label.template finish<kGiven>(off, log_mean, [&](int k) {
+        return entry(job, job.centroids, (int64_t(job.order[k]) * C + cluster.label) * C + cluster.label);
+      });
+  }
+
   // q, what P_k is multiplied by in the gradient, of every row; in float also KL, which takes the place of
   // off. False: float cannot resolve this cluster.
   bool divergences() {
@@ -291,6 +321,8 @@ struct Wide : Rows<T> {
         const int64_t at = i * K + k0;
         const auto h = doubles<N>(h_sum + at) * doubles<N>(r + at);
         store_doubles<N>(q + at, doubles<N>(c + at) * h);
+        if (job.grad)
+          store_doubles<N>(label.mean + i * label.Kp + k0, kCareful ? h : h - doubles<N>(off + at));
         if constexpr (!kCareful) {
           auto value = h - doubles<N>(off + at);
           if constexpr (kGiven) value += doubles<N>(excess + k0);
@@ -310,37 +342,6 @@ struct Wide : Rows<T> {
     return sum - 1;
   }
 
-  // The gradient at the label, in double from the logit itself: the error that a power multiplies, and the
-  // one of t, show most where the probability is large.
-  double label_entry(int64_t i) const {
-    constexpr int D = Simd<double>::width;
-    using VD = Vec<double>;
-    const int64_t row = cluster.rows[i], at = i * K;
-    const double logit =
-        element(job.logits, job.storage, row * job.row_stride + cluster.label * job.col_stride);
-    const double floor = double(kVanishes<T>) / job.a[0];
-    const double x = logit - double(tops[i]) < floor ? floor : logit - double(tops[i]);
-    double sum = 0, p_ce = 0;
-    for (int k0 = 0; k0 < K; k0 += D) {
-      const VD ax = Convert<double, T>::from(a + k0) * x, e = exp_nonpositive<kCareful ? 12 : 7>(ax);
-      VD t = ax - Convert<double, T>::from(log_label + k0);
-      if constexpr (kCareful) t -= load<VD>(off + at + k0);
-      if constexpr (kPerRow) t = double(up[i]) * t - Convert<double, T>::from(rho_label + k0);
-      VD part = e * (Convert<double, T>::from(c + at + k0) * t - Convert<double, T>::from(q + at + k0));
-      if constexpr (kGiven) part = e == 0.0 ? VD{} : part;
-      if (job.ce_index >= k0 && job.ce_index < k0 + D) p_ce = e[job.ce_index - k0];
-      if (k0 + D <= K)
-        sum += sum_lanes<double>(part);
-      else
-        for (int k = 0; k0 + k < K; ++k) sum += part[k];
-    }
-    if (!job.has_ce) return sum;
-    const RowEntropy e = row_entropy(job, row, cluster.label);
-    if (this->own_ce()) p_ce = exp_nonpositive(splat<double>(x))[0];
-    p_ce *= double(this->r_ce[i]);
-    return sum + (e.probability * p_ce - e.one_hot - e.smooth * class_weight(job, cluster.label));
-  }
-
   // Returns false, with no gradient written, when the cluster has to be done again in double.
   template <Source kSource>
   bool run(const Team& team) {
@@ -349,10 +350,11 @@ struct Wide : Rows<T> {
     this->by_tile(
         team, [&](int64_t t, int64_t slot) { centroid<kSource>(t, slot); },
         [&](int64_t i, int64_t t, int64_t slot) { accumulate<kSource>(i, t, slot); });
+    if (job.grad) finish_label();
     if (!divergences()) return false;
     each(team, n, [&](int64_t i) {
       this->report(i, (kCareful ? kl_sum : off) + i * K);
-      if (job.grad) this->template write_gradient<kSource>(i, label_entry(i));
+      if (job.grad) this->template write_gradient<kSource>(i, label.entry(i));
     });
     return true;
   }

@@ -1,0 +1,126 @@
+// The gradient at the label, where probabilities are large and differences of nearly equal numbers decide:
+// one column of the cluster, had in double from the logits themselves.
+//
+//   set_row(i)     p_k = exp(a_k x) / S_k                                          once S of the row is known
+//   finish()       t_k = a_k x - log S_k - log q_k, q_k the centroid's entry       once Q is
+//   entry(i)       sum_k coeff_k p_k (t_k - sum_j P_j t_j)  and the cross entropy's part
+#pragma once
+
+#include "rows.h"
+
+namespace cmim::cpu {
+namespace {  // a copy for each variant: see problem.h
+
+// kPerRow: t is g_i t - R/Q, see wide.h
+template <bool kPerRow>
+struct LabelColumn {
+  using V = Vec<double>;
+  static constexpr int D = Simd<double>::width;
+
+  const Job& job;
+  const Cluster& cluster;
+  int64_t n;
+  int Kp;                       // temperatures in whole vectors, with coefficients of 0 at the end
+  double *a, *coeff;            // (Kp) w_k a_k cmi_weight / normaliser
+  double *p, *t, *mean;         // (n, Kp) see above; sum_j P_j t_j, which the caller writes
+  double *log_q, *rho;          // (Kp) of the centroid; R/Q
+  double *x, *p_ce, *upstream;  // (n) logit less the row's largest; its softmax at temperature 1
+
+  LabelColumn(const Job& j, const Cluster& cl)
+      : job(j), cluster(cl), n(cl.count), Kp(int(round_up(j.temperatures, D))) {}
+
+  template <class Layout>
+  void place(Layout& layout) {
+    for (double** of_row : {&p, &t, &mean}) layout.take(*of_row, n * Kp);
+    for (double** of_all : {&a, &coeff, &log_q, &rho}) layout.take(*of_all, Kp);
+    for (double** one : {&x, &p_ce, &upstream}) layout.take(*one, n);
+  }
+  void fill() {
+    for (int k = 0; k < Kp; ++k) {
+      const bool real = k < job.temperatures;
+      a[k] = real ? job.a[k] : 0, coeff[k] = real ? job.coeff[k] : 0;
+    }
+  }
+
+  // sums (K): S_k; s_ce: the same at temperature 1. kTerms: of the exponential's series.
+  template <int kTerms>
+  void set_row(int64_t i, double top, double floor, const double* sums, double s_ce) {
+    const int64_t row = cluster.rows[i];
+    const double below =
+        element(job.logits, job.storage, row * job.row_stride + cluster.label * job.col_stride) - top;
+    x[i] = below < floor ? floor : below;
+    upstream[i] = job.upstream ? job.upstream[row] : 1.0;
+    double* const to = p + i * Kp;
+    for (int k0 = 0; k0 < Kp; k0 += D) {
+      store(to + k0, exp_nonpositive<kTerms>(load<V>(a + k0) * x[i]));
+      for (int k = k0; k < k0 + D; ++k) mean[i * Kp + k] = 0;
+    }
+    if (job.has_ce)
+      p_ce[i] =
+          (job.ce_index >= 0 ? to[job.ce_index] : exp_nonpositive<kTerms>(splat<double>(x[i]))[0]) / s_ce;
+    by_doubles(job.temperatures, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(width)::value;
+      store_doubles<N>(to + k0, doubles<N>(to + k0) / doubles<N>(sums + k0));
+    });
+  }
+
+  // log_sums (n, K): log S_k less shift_k; given(k): the centroid's entry where it is given. For float.
+  template <bool kGiven, class F>
+  void finish(const double* log_sums, const float* shift, F&& given) {
+    const int K = job.temperatures;
+    for (int k0 = 0; k0 < Kp; k0 += D) {
+      V q{};
+      for (int64_t i = 0; i < n; ++i) q += load<V>(p + i * Kp + k0);
+      store(log_q + k0, q * (1 / double(n)));
+    }
+    if constexpr (kGiven)
+      for (int k = 0; k < K; ++k) log_q[k] = given(k);
+    for (int k0 = 0; k0 < Kp; k0 += D) {
+      const V q = load<V>(log_q + k0);
+      store(log_q + k0, q == 0.0 ? splat<double>(kGiven ? -__builtin_inf() : 0.0) : log_positive(q));
+    }
+    for (int k = 0; k < K; ++k) log_q[k] += double(shift[k]);
+    set_t(log_sums);
+  }
+  // In double: log_q (K) with its shift, and rho (K), as every other column had them, so that whatever their
+  // rounding is, it cancels in t - mean.
+  void finish(const double* log_sums, const double* log_q_of_tile, const double* rho_of_tile) {
+    for (int k = 0; k < job.temperatures; ++k) {
+      log_q[k] = log_q_of_tile[k];
+      if constexpr (kPerRow) rho[k] = rho_of_tile[k];
+    }
+    set_t(log_sums);
+  }
+  void set_t(const double* log_sums) {
+    for (int k = job.temperatures; k < Kp; ++k) log_q[k] = 0, rho[k] = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      for (int k = 0; k < Kp; ++k)
+        t[i * Kp + k] = k < job.temperatures ? log_sums[i * job.temperatures + k] : 0;
+      for (int k0 = 0; k0 < Kp; k0 += D) {
+        double* const to = t + i * Kp + k0;
+        V value = load<V>(a + k0) * x[i] - load<V>(log_q + k0);
+        value -= load<V>(to);
+        if constexpr (kPerRow) value = upstream[i] * value - load<V>(rho + k0);
+        store(to, value);
+      }
+    }
+  }
+
+  double entry(int64_t i) const {
+    V sum{};
+    for (int k0 = 0; k0 < Kp; k0 += D) {
+      const int64_t at = i * Kp + k0;
+      const V pi = load<V>(p + at);
+      const V part = load<V>(coeff + k0) * pi * (load<V>(t + at) - load<V>(mean + at));
+      sum += pi == 0.0 ? V{} : part;
+    }
+    double value = sum_lanes<double>(sum);
+    if (!kPerRow) value *= upstream[i];
+    if (!job.has_ce) return value;
+    const RowEntropy e = row_entropy(job, cluster.rows[i], cluster.label);
+    return value + (e.probability * p_ce[i] - e.one_hot - e.smooth * class_weight(job, cluster.label));
+  }
+};
+
+}  // namespace
+}  // namespace cmim::cpu
