@@ -33,13 +33,11 @@ def is_worth_it(name: str, case: Case, full: bool) -> bool:
         return True
     if case not in MAIN:
         return False
-    if full:
-        return True
     if name.startswith("compiled"):
         return case in COMPILED_CASES
     if name == "moving-average loop" and case.classes * case.k > 1000:
         return False
-    return not case.heavy
+    return not case.heavy or (full and name.startswith("eager"))
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,5 +1,7 @@
 """`python -m cmim_kernels`: versions, devices, and the backends with the reason for each that is not usable.
 
+With `--check`, every usable backend computes small batches, which are held against the reference in float64.
+
 Environment variables that the package reads when it runs (those of its build are in setup.py):
 
 | variable | values | effect |
@@ -10,13 +12,17 @@ Environment variables that the package reads when it runs (those of its build ar
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
+from importlib import import_module
 
 import torch
 
 from . import __version__, available_backends
+from .dispatch import REFERENCE
+from .selfcheck import mismatch
 
 VARIABLES = ("CMIM_KERNELS_CPU_VARIANT", "TRITON_INTERPRET")
 
@@ -39,5 +45,33 @@ def report() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def check() -> tuple[str, bool]:
+    """What `--check` adds, and whether every usable backend passed."""
+    lines, passed = ["check against the reference:"], True
+    for name, reason in available_backends().items():
+        if reason is not None or name == REFERENCE:
+            continue
+        backend = import_module(f"{__package__}.backends.{name}")
+        on_cpu = backend.refuses(torch.zeros(1, 1), 1) is None
+        wrong = mismatch(backend, "cpu" if on_cpu else "cuda")
+        lines.append(f"  {name:<10} {wrong or 'right'}")
+        passed = passed and wrong is None
+    return "\n".join(lines), passed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cmim_kernels", description="versions, devices, backends")
+    parser.add_argument(
+        "--check", action="store_true", help="compare every usable backend with the reference"
+    )
+    options = parser.parse_args(arguments)
     sys.stdout.write(report() + "\n")
+    if not options.check:
+        return 0
+    text, passed = check()
+    sys.stdout.write(text + "\n")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

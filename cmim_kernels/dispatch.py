@@ -7,18 +7,19 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from .backends import Backend
+from .selfcheck import mismatch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 REFERENCE = "reference"
 NATIVE = ("cpu", "cuda", "triton")
 NAMES = ("auto", *NATIVE, REFERENCE)
-# On a GPU the native backends have to be asked for by name: compilers, an emulator and an interpreter have
-# passed them, a device has not yet.
-_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ()}
+_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_CHECKED_FIRST = ("cuda", "triton")  # by selfcheck.py, before `auto` trusts them
 
 # Filled on first use, so that importing the package initialises no device.
 _modules: dict[str, Backend] = {}
@@ -68,13 +69,24 @@ def _find_usable(device: str) -> tuple[str, ...]:
     known = _usable_on.get(device)
     if known is not None:
         return known
-    reasons = {name: _why_unusable(name) for name in _PREFERENCE.get(device, ())}
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return ()  # nothing can be checked now: the reference this time, and not remembered
+    reasons = {name: _why_untrusted(name, device) for name in _PREFERENCE.get(device, ())}
     usable = tuple(name for name, reason in reasons.items() if reason is None)
     if reasons and not usable:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         warnings.warn(f"cmim_kernels uses its slow reference for {device} tensors ({why})", stacklevel=4)
     _usable_on[device] = usable
     return usable
+
+
+def _why_untrusted(name: str, device: str) -> str | None:
+    """For `auto`: why it is not usable, or what it gets wrong on this machine."""
+    reason = _why_unusable(name)
+    if reason is None and name in _CHECKED_FIRST:
+        wrong = mismatch(_modules[name], device)
+        reason = wrong and f"it fails its check on this machine: {wrong}"
+    return reason
 
 
 @_constant_to_the_compiler

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+if INTERPRETING:
+    import bearable_interpreter  # noqa: F401  # before any kernel runs
+
 ALL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NO_DOUBLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,7 +41,7 @@ class Place:
 
 def places() -> list[object]:
     """The interpreter is slow, and chosen before Triton is imported: it has a run of its own."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETING:
         return [
             pytest.param(Place("triton", "cpu", NO_DOUBLE), marks=pytest.mark.interpreter, id="interpreter")
         ]

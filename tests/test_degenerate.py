@@ -123,8 +123,10 @@ def test_zero_centroid_of_a_masked_class(place: Place) -> None:
 @pytest.mark.parametrize("mask", [-1e4, -1e30, -3e38])
 @pytest.mark.parametrize("cmi_weight", [0.0, 1.0])
 @pytest.mark.parametrize("width", [1.0, 1e-3])
-def test_classes_masked_by_a_finite_number(place: Place, mask: float, cmi_weight: float, width: float) -> None:
-    """As masked_fill(-1e30) leaves them; the labels themselves are not masked. Clusters of one and of five."""
+def test_classes_masked_by_a_finite_number(
+    place: Place, mask: float, cmi_weight: float, width: float
+) -> None:
+    """As masked_fill(-1e30) leaves them; the labels are not masked. Clusters of one and of five."""
     target = torch.tensor([0, 1, 1, 1, 1, 1], device=place.device)
     logits = 2 * torch.randn(1, 40) + width * torch.randn(6, 40)
     logits[:, 2::3] = mask

@@ -17,8 +17,6 @@ pytestmark = [
     pytest.mark.interpreter,
     pytest.mark.skipif(not backend._interpreting(), reason="needs TRITON_INTERPRET=1"),
 ]
-if backend._interpreting():
-    import bearable_interpreter  # noqa: F401
 
 EIGHT = tuple(k / 8 for k in range(1, 9))
 

@@ -1,0 +1,102 @@
+"""What `auto` asks of a GPU backend before it trusts it, of backends that are right and that are not."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import cmim_kernels as ck
+from cmim_kernels import __main__ as command
+from cmim_kernels import dispatch
+from cmim_kernels.backends import cpu
+from cmim_kernels.selfcheck import mismatch
+
+
+def broken(**changed: Any) -> Any:
+    """The CPU backend with some of its functions replaced."""
+    names = ("unusable", "refuses", "saved_shape", "loss", "loss_backward", "class_centroids")
+    functions = {name: getattr(cpu, name) for name in names}
+    return SimpleNamespace(NAME="cuda", SAVED_IS_GRADIENT=False, **functions | changed)
+
+
+def wrong_gradient(*arguments: Any) -> Tensor:
+    return 1.001 * cpu.loss_backward(*arguments)
+
+
+def wrong_loss(*arguments: Any) -> tuple[Tensor, Tensor]:
+    value, saved = cpu.loss(*arguments)
+    return value + 1e-3, saved
+
+
+def without_number(*arguments: Any) -> Tensor:
+    return cpu.loss_backward(*arguments) * torch.nan
+
+
+def failing(*arguments: Any) -> Tensor:
+    raise RuntimeError("no such kernel image")
+
+
+def test_a_right_backend_passes() -> None:
+    assert mismatch(cpu, "cpu") is None
+    with FakeTensorMode():
+        assert mismatch(cpu, "cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"loss_backward": wrong_gradient}, "the gradient is off by 1.0e-03"),
+        ({"loss_backward": without_number}, "the gradient is off by nan"),
+        ({"loss": wrong_loss}, "the loss is off by"),
+        ({"loss_backward": failing}, "it raised no such kernel image"),
+    ],
+    ids=["gradient", "nan", "loss", "raises"],
+)
+def test_what_is_wrong_is_said(changed: dict[str, Any], message: str) -> None:
+    said = mismatch(broken(**changed), "cpu")
+    assert said is not None
+    assert message in said
+    assert "64x1000" in said
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_auto_trusts_only_what_passed(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate = broken() if right else broken(loss_backward=wrong_gradient)
+    monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("cuda",)})
+    monkeypatch.setattr(dispatch, "_modules", {"cuda": candidate})
+    monkeypatch.setattr(dispatch, "_usable_on", {})
+    logits = torch.randn(4, 3)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        chosen = dispatch.pick("auto", logits, 8)
+        again = dispatch.pick("auto", logits, 8)
+    assert chosen is again
+    if right:
+        assert chosen is candidate
+        assert not said
+    else:
+        assert chosen is None  # the reference
+        assert len(said) == 1
+        assert "fails its check on this machine" in str(said[0].message)
+    assert dispatch.pick("cuda", logits, 8) is candidate  # asked for by name, it is used
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command.main([]) == 0
+    assert "check" not in capsys.readouterr().out
+    assert command.main(["--check"]) == 0
+    assert "cpu        right" in capsys.readouterr().out
+    monkeypatch.setattr(command, "mismatch", lambda backend, device: "everything is wrong")
+    assert command.main(["--check"]) == 1
+    assert "everything is wrong" in capsys.readouterr().out
+
+
+def test_auto_is_the_cpu_backend_here() -> None:
+    assert dispatch.pick("auto", torch.randn(2, 3), 8) is cpu
+    assert ck.available_backends()["cpu"] is None
