@@ -29,8 +29,9 @@ class TemperatureSpectrum:
         TypeError: an argument is not made of real numbers.
         ValueError: an argument is empty, not 1-D, of the wrong length, or has a number out of range.
 
-    Grids whose a_k are integer multiples of one number (`uniform`, temperatures 1, 2, 4, 8) cost one
-    exponential per logit for the whole spectrum; other grids cost one per logit and temperature.
+    Grids whose a_k are consecutive multiples of one number (`uniform`) cost one exponential per logit for the
+    whole spectrum, and those of some of its multiples (temperatures 1, 2, 4, 8) little more; other grids cost
+    one per logit and temperature.
     """
 
     __slots__ = ("inverse_temperatures", "weights")
