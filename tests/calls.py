@@ -95,6 +95,19 @@ OPTIONS = {
 }
 
 
+# Inverse temperatures with and without a common base, in any order
+SOME_GRIDS = {
+    "consecutive_from_3": tuple(k / 10 for k in range(3, 9)),
+    "powers_of_two": (0.125, 0.25, 0.5, 1.0),
+    "descending_12": tuple(k / 8 for k in range(12, 0, -1)),
+    "irregular_multiples": (0.9, 0.1, 0.3, 0.6),
+    "no_common_base": (0.07, 1.7, 0.3),
+    "twice_the_same": (0.5, 0.5),
+    "single": (2.5,),
+    "float32": tuple(torch.linspace(0.1, 1.0, 10).tolist()),
+}
+
+
 def upstream_for(options: Options, logits: Tensor) -> Tensor:
     """The upstream gradient, different for every row where rows have their own."""
     shape = logits.shape[:1] if options.reduction == "none" else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calls import SOME_GRIDS
 from cuda_calls import (
     EIGHT,
     arguments,
@@ -94,15 +95,7 @@ def test_dtypes_at_the_tiles_edges(path: int, classes: int) -> None:
     assert (gradient - true_gradient).norm() <= 1e-12 * true_gradient.norm() + 1e-16
 
 
-GRIDS = {
-    "consecutive_from_3": tuple(k / 10 for k in range(3, 9)),
-    "powers_of_two": (0.125, 0.25, 0.5, 1.0),
-    "descending_12": tuple(k / 8 for k in range(12, 0, -1)),
-    "irregular_multiples": (0.9, 0.1, 0.3, 0.6),
-    "no_common_base": (0.07, 1.7, 0.3),
-    "twice_the_same": (0.5, 0.5),
-    "single": (2.5,),
-    "float32": tuple(torch.linspace(0.1, 1.0, 10).tolist()),
+GRIDS = SOME_GRIDS | {
     "64": tuple(k / 64 for k in range(1, 65)),
     "64_apart": tuple((k / 64) ** 1.5 for k in range(1, 65)),
 }

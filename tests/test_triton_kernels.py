@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import SOME_GRIDS
 from torch import Tensor
 
 from cmim_kernels import testing
@@ -153,17 +154,7 @@ def test_a_wide_tile_beside_a_collapsed_one(monkeypatch: pytest.MonkeyPatch) -> 
         assert (gradient - true_gradient).norm() <= 1e-5 * true_gradient.norm()
 
 
-GRIDS = {
-    "consecutive_from_3": tuple(k / 10 for k in range(3, 9)),
-    "powers_of_two": (0.125, 0.25, 0.5, 1.0),
-    "descending_12": tuple(k / 8 for k in range(12, 0, -1)),
-    "irregular_multiples": (0.9, 0.1, 0.3, 0.6),
-    "no_common_base": (0.07, 1.7, 0.3),
-    "twice_the_same": (0.5, 0.5),
-    "single": (2.5,),
-    "float32": tuple(torch.linspace(0.1, 1.0, 10).tolist()),
-    "16": tuple(k / 16 for k in range(1, 17)),
-}
+GRIDS = SOME_GRIDS | {"16": tuple(k / 16 for k in range(1, 17))}
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -118,16 +118,10 @@ struct Narrow : Rows<float> {
       }
     });
     for (int k = 0; k < K; ++k) inv_sbar[k] = float(1 / sbar[k]);
-    one_sum = 0;
-    for (int64_t j0 = 0; job.has_ce && j0 < Cp; j0 += kFlushVectors * W) {
-      V part{};
-      for (int64_t j = j0; j < Cp && j < j0 + kFlushVectors * W; j += W) {
-        const V y = exp_nonpositive(at_least(load<V>(center + j) - top, kVanishes<float>));
-        store(one + j, y);
-        part += y;
-      }
-      one_sum += double(sum_lanes<float>(part));
-    }
+    if (job.has_ce)
+      one_sum = store_exponentials(one, Cp, [&](int64_t j) CMIM_INLINE_LAMBDA {
+        return at_least(load<V>(center + j) - top, kVanishes<float>);
+      });
     for (int64_t j = 0; j < Cp; j += W)
       store(weight + j, power<float>(load<V>(ebar + j), job.power0 + K - 1) * inv_sbar[K - 1]);
   }

@@ -161,6 +161,23 @@ constexpr T kVanishes = sizeof(T) == 4 ? T(-200) : T(-1500);
 
 constexpr int kFlushVectors = 256;  // sums in lanes of T go over to double this often, whatever C
 
+// to[j] = exp(value(j)) for whole vectors of Cp columns; returns their sum.
+template <class T, class F>
+CMIM_INLINE double store_exponentials(T* to, int64_t Cp, F&& value) {
+  constexpr int W = Simd<T>::width;
+  double sum = 0;
+  for (int64_t j0 = 0; j0 < Cp; j0 += kFlushVectors * W) {
+    Vec<T> part{};
+    for (int64_t j = j0; j < Cp && j < j0 + kFlushVectors * W; j += W) {
+      const Vec<T> e = exp_nonpositive(value(j));
+      store(to + j, e);
+      part += e;
+    }
+    sum += double(sum_lanes<T>(part));
+  }
+  return sum;
+}
+
 // A row that only the cross entropy sees: a cluster of one, or no CMI at all.
 template <class T>
 void entropy_row(const Job& job, const Cluster& cluster, int64_t i, Workspace& ws) {

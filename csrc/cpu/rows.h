@@ -176,10 +176,8 @@ struct Rows {
       G = X;
     else
       layout.take(G, n * Cp);
-    layout.take(r, n * K), layout.take(r_ce, n);
-    // read in whole vectors of double at a time
-    for (T** each : {&c, &q}) layout.take(*each, n * K + Simd<double>::width);
-    layout.take(a, K + Simd<double>::width);
+    layout.take(r, n * K), layout.take(c, n * K), layout.take(q, n * K);
+    layout.take(a, K), layout.take(r_ce, n);
   }
   void fill() {
     for (int k = 0; k < K; ++k) a[k] = T(job.a[k]);

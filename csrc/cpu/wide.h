@@ -103,7 +103,10 @@ struct Wide : Rows<T> {
         return Exponentials<kSource, T>(at, 0, a + k0, job.power0 + k0);
       });
     }
-    const double s_ce = this->own_ce() ? unscaled(i) : job.has_ce ? sums[job.ce_index] : 0;
+    double s_ce = job.has_ce && !this->own_ce() ? sums[job.ce_index] : 0;
+    if (this->own_ce())  // 1 is not one of the inverse temperatures
+      s_ce = store_exponentials(this->one + i * Cp, Cp,
+                                [=](int64_t j) CMIM_INLINE_LAMBDA { return load<V>(x + j); });
     const double upstream = job.upstream ? job.upstream[row] : 1.0;
     this->set_row(i, sums, s_ce, kPerRow ? 1.0 : upstream);
     if (job.grad)
@@ -142,23 +145,6 @@ struct Wide : Rows<T> {
         add_lanes<T, N>(s, sums + k0);
       }
     });
-  }
-
-  // exp(X) and its sum, for the cross entropy where 1 is not one of the inverse temperatures
-  double unscaled(int64_t i) {
-    const T* const x = X + i * this->Cp;
-    T* const e = this->one + i * this->Cp;
-    double sum = 0;
-    for (int64_t j0 = 0; j0 < this->Cp; j0 += kFlushVectors * W) {
-      V part{};
-      for (int64_t j = j0; j < this->Cp && j < j0 + kFlushVectors * W; j += W) {
-        const V v = exp_nonpositive(load<V>(x + j));
-        store(e + j, v);
-        part += v;
-      }
-      sum += double(sum_lanes<T>(part));
-    }
-    return sum;
   }
 
   // off holds S; it becomes the deviation of log S from its mean over the cluster
