@@ -195,6 +195,15 @@ def test_collapsed_but_for_a_class_that_only_one_row_has(path: int) -> None:
         check(logits, arguments(torch.zeros(10, dtype=torch.long)))
 
 
+@both_paths
+def test_collapsed_but_for_a_mask_at_a_hot_temperature(path: int) -> None:
+    """What one row masks has vanished there, though a d of any number one would call far is small."""
+    logits = torch.randn(1, 300) + 0.01 * torch.randn(12, 300)
+    logits[3, 5] = -torch.inf
+    with settings(path):
+        check_norm(logits, arguments(torch.zeros(12, dtype=torch.long), SPECTRUM, (1e-4,)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("classes", [3, 300, 2100])
 def test_centroids(dtype: torch.dtype, classes: int) -> None:

@@ -46,6 +46,11 @@ from test_determinism import (  # noqa: F401
     test_permuting_rows_permutes_the_gradient,
     test_splitting_off_other_classes_changes_nothing,
 )
+from test_extreme_temperatures import (  # noqa: F401
+    test_divergence_of_every_temperature,
+    test_loss_and_its_gradient,
+    test_the_cross_entropy_does_not_see_the_temperatures,
+)
 from test_gradients import (  # noqa: F401
     test_gradcheck,
     test_gradcheck_of_the_spectrum,

@@ -98,7 +98,8 @@ class _Call:
         t = self.temperatures
         self.powers = {"KC": t.padded, "POWERS": t.powers, "base": t.base}
         self.tile = {"tiles": self.plan.tiles, "R": self.plan.rows, "BC": self.plan.columns}
-        self.floor = -200.0 / t.a[0]  # below it exp(a x) vanishes at every temperature, with room to spare
+        # Below it exp(a x) vanishes at every temperature and at the cross entropy's a = 1, with room to spare.
+        self.floor = -200.0 / min(t.a[0], 1.0)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.logits.new_empty(shape, dtype=dtype)
@@ -332,6 +333,7 @@ def _large_sums(
         tiles=plan.tiles,
         BC=plan.columns,
         KC=call.temperatures.padded,
+        POWERS=call.temperatures.powers,
         floor=call.floor,
         LARGE=large,
     )

@@ -197,7 +197,7 @@ CMIM_HD Difference<A> difference(A x, A y) {
 // in both rows has offset 0, since it plays no part; masked in this row alone it is far below.
 template <class A>
 CMIM_HD A offset(A z, A z0, Difference<A> shift) {
-  constexpr A far = A(1e4);
+  constexpr A far = A(1e30);  // a d vanishes at any temperature in use, and no product of it overflows
   const A masked = -infinity<A>();
   if (z0 == masked) return z == masked ? A(0) : far;
   if (z == masked) return -far;

@@ -4,7 +4,9 @@
 //
 // with c_ik = upstream * weight * a_k / sum. Where the temperatures are powers of one, written as polynomials
 // in exp(unit x_ij), whose coefficients are linear in x_ij, that is three fused multiply-adds for each
-// temperature; in a class with centred temperatures they are linear in x_ij and d_ij, and four.
+// temperature; in a class with centred temperatures they are linear in x_ij and d_ij, and four. The
+// coefficients have c_ik in them, so that t - KL is off by a rounding of t: too much at cold temperatures,
+// whose P is one-hot and t = KL. Their grids take the other way (launch.cpp), where c_ik comes last.
 //
 // Where every row has an upstream gradient g_i of its own (reduction "none"), t - KL becomes h - sum_m P_m
 // h_m with h_j = g_i t_j - rho_j and rho_j = sum_m g_m P_mj / (n Q_j). A constant added to rho changes
@@ -36,19 +38,22 @@ struct Coefficients {
   A* parts;                             // (rows, padded, 4) the table, x unit, d and 1
   A* each;                              // (rows, padded) upstream of the temperature * a / sum
   A *ce_scale, *ce_target, *ce_smooth;  // (kBatch)
+  A* upstream;                          // (kBatch) g_i
   int rows;
 };
-enum Part { kOfTable, kOfX, kOfD, kConstant };
+// One exponential for each temperature: the table's is -1, and its place holds sum_m P_m rho_m.
+enum Part { kOfTable, kOfX, kOfD, kConstant, kDot = kOfTable };
 
 template <class T>
 __device__ inline Coefficients<typename T::A> coefficients(const Block<T>& b) {
   using A = typename T::A;
   Coefficients<A> c;
-  const int room = Sizes<A>::constants / int(sizeof(A)) - 3 * kBatch;
+  const int room = Sizes<A>::constants / int(sizeof(A)) - 4 * kBatch;
   c.rows = room / (5 * b.q.padded) < kBatch ? room / (5 * b.q.padded) : kBatch;
   c.parts = b.constants();
   c.each = c.parts + 4 * c.rows * b.q.padded;
   c.ce_scale = b.constants() + room, c.ce_target = c.ce_scale + kBatch, c.ce_smooth = c.ce_target + kBatch;
+  c.upstream = c.ce_smooth + kBatch;
   return c;
 }
 
@@ -75,6 +80,7 @@ __device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>
         c.ce_scale[i] = q.has_ce ? both / b.saved.ce_sum[position] : A(0);
         c.ce_target[i] = hard;
         c.ce_smooth[i] = smooth;
+        c.upstream[i] = g;
       },
       [&](int i, int row, int k) {
         const int64_t from = b.statistic(row, k);
@@ -89,16 +95,20 @@ __device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>
         const A g = q.reduction == kNone ? w.grad[b.saved.row[b.first + row] * w.grad_stride] : A(1);
         const A dot = q.reduction == kNone && !q.centroids ? w.dots[from] : A(0);
         const A each = divergence_scale(q, b.saved, w, k) * q.a[k] / row_sum;
-        // Powers of one exponential share their multiplication; else it comes last, where t - KL is exact
-        const A factor = T::kChain ? each : A(1), scale = factor * g;
+        const A scale = T::kChain ? each * g : A(1);
         const bool centred = kMixed && (b.centred >> k & 1);
         const A level = centred ? b.saved.growth[from] : q.centroids ? log_positive(row_sum) : A(0);
-        parts[kOfTable] = -scale;
         parts[kOfX] = centred ? A(0) : scale * q.multiple[k];
         parts[kOfD] = centred ? scale * q.a[k] : A(0);
-        parts[kConstant] = factor * dot - scale * (level + divergence);
+        if constexpr (T::kChain) {
+          parts[kOfTable] = -scale;
+          parts[kConstant] = each * dot - scale * (level + divergence);
+        } else {
+          parts[kDot] = dot;
+          parts[kConstant] = -(level + divergence);
+        }
         store_four(c.parts + 4 * at, parts);
-        c.each[at] = each;
+        c.each[at] = !T::kChain && q.centroids ? each * g : each;
       });
 }
 
@@ -160,13 +170,16 @@ __device__ inline void add_divergences(const Problem<typename T::A>& q, const Co
       load_four(table + k * columns, log_ratio);
 #pragma unroll
       for (int u = 0; u < kVector; ++u) {
-        A value = fma(parts[kOfTable], log_ratio[u], fma(parts[kOfX], y[u], parts[kConstant]));
-        if (kMixed) value = fma(parts[kOfD], d[u], value);
         if constexpr (T::kChain) {
+          A value = fma(parts[kOfTable], log_ratio[u], fma(parts[kOfX], y[u], parts[kConstant]));
+          if (kMixed) value = fma(parts[kOfD], d[u], value);
           if (with_rho) value = fma(-c.each[at], table[(q.padded + k) * columns + u], value);
           sum[u] = fma(sum[u], base[u], value);
         } else {
-          if (with_rho) value -= table[(q.padded + k) * columns + u];
+          A value = fma(parts[kOfX], y[u], -log_ratio[u]);
+          if (kMixed) value = fma(parts[kOfD], d[u], value);
+          value += parts[kConstant];  // t - KL: nothing is left where t is KL
+          if (with_rho) value = fma(c.upstream[i], value, parts[kDot] - table[(q.padded + k) * columns + u]);
           g[u] = fma(exp_nonpositive(product(q.a[k], x[u])) * c.each[at], value, g[u]);
         }
       }

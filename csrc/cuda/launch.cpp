@@ -13,7 +13,8 @@
 namespace cmim::cuda {
 namespace {
 
-constexpr int kLongestChain = 64;  // a power's error grows with its exponent
+constexpr int kLongestChain = 64;    // a power's error grows with its exponent
+constexpr double kColdestChain = 4;  // largest a of powers; see gradient.cuh for what is lost beyond
 constexpr int64_t kTypicalRows = 4096, kTypicalElements = 8 << 20;
 constexpr int kMostFinders = 256;
 
@@ -64,7 +65,7 @@ struct Choice {
   int padded;
   explicit Choice(const Call& call)
       : grid(make_grid(call.a)),
-        chain(grid.first_multiple > 0 && call.storage != Storage::f64),
+        chain(grid.first_multiple > 0 && grid.a.back() <= kColdestChain && call.storage != Storage::f64),
         padded(int(padded_temperatures(call.a.size(), chain ? kChainChunk : kDirectChunk))) {}
 };
 
@@ -96,7 +97,9 @@ Problem<A> make_problem(const Call& call, const Choice& choice) {
     q.order[k] = real ? grid.order[size_t(k)] : 0;
     q.weight[k] = A(real ? call.weight[size_t(grid.order[size_t(k)])] : 0);
   }
-  q.floor = A((sizeof(A) == 4 ? -100.0 : -1000.0) / (double(q.unit) * double(q.multiple[0])));
+  // The cross entropy's exponentials have a = 1, whatever the grid.
+  const double lowest = std::min(1.0, double(q.unit) * double(q.multiple[0]));
+  q.floor = A((sizeof(A) == 4 ? -100.0 : -1000.0) / lowest);
   q.class_weight = static_cast<const A*>(call.class_weight);
   q.centroids = static_cast<const A*>(call.centroids);
   q.ce_weight = A(call.ce_weight), q.cmi_weight = A(call.cmi_weight), q.smoothing = A(call.smoothing);

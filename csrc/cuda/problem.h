@@ -37,10 +37,11 @@ struct Problem {
   bool by_class;      // slot s is class s; otherwise it is the class of row s, if that is its first row
 
   int temperatures, padded;  // K, and K rounded up to the chunk
-  // Where the a_k are consecutive multiples of one number: a_k = multiple_k unit, multiple_k = multiple_0 +
-  // k, and all exp(a_k x) are powers of one exponential. Otherwise unit = 1, multiple_k = a_k.
+  // Where the a_k are consecutive multiples of one number, and not too large: a_k = multiple_k unit,
+  // multiple_k = multiple_0 + k, and all exp(a_k x) are powers of one exponential. Otherwise unit = 1,
+  // multiple_k = a_k.
   A unit;
-  A floor;  // at this x = logit - largest logit and below, every exponential is zero
+  A floor;  // at this x = logit - largest logit and below, every exponential is zero, that of a = 1 too
   A multiple[kMaxTemperatures], a[kMaxTemperatures], weight[kMaxTemperatures];
   int order[kMaxTemperatures];  // the caller's index of a[k]
 

@@ -36,7 +36,7 @@ from .blocks import (
     per_cluster,
     per_row,
 )
-from .columns import below_top, from_centre, logs, pulls, sums
+from .columns import below_top, by_form, from_centre, logs, pulls, sums
 from .elementary import LOG2E, exponentials
 from .forward import MEAN, NONE, SPECTRUM, row_totals
 from .given import given_q, precise_ratios
@@ -97,7 +97,7 @@ def fresh_columns(
     end,
     f,
     n,
-    centred,
+    m,
     centre,
     centre_top,
     upstream,
@@ -110,12 +110,12 @@ def fresh_columns(
 ):
     """(L, pull) of a cluster whose rows are begin to end."""
     total, weighted, drift = sums(
-        Z, S, T, begin, end, f, centred, centre, centre_top, upstream, up_stride, col, KC, POWERS, R, VEC
+        Z, S, T, begin, end, f, m, centre, centre_top, upstream, up_stride, col, KC, POWERS, R, VEC
     )
-    L, _mass = logs(total, n, S, f, centred, KC)
+    L, _mass = logs(total, n, S, f, m, KC, POWERS)
     pull = L
     if upstream is not None:
-        pull = pulls(total, weighted, drift, n, centred)
+        pull = pulls(total, weighted, drift, n, m, KC, POWERS)
     return L, pull
 
 
@@ -144,10 +144,10 @@ def cluster_columns(
     R: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """(form, L, pull) of a cluster in a tile, in the form that the forward pass chose; pull is L where there is
+    """(form m, L, pull) of a cluster in a tile, in the form that the forward pass chose; pull is L where there is
     no upstream gradient of every row."""
     K = S[4]
-    centred = tl.load(forms(saved, N, K) + tl.cast(N, tl.int64) * tile + f) != 0
+    m = tl.load(forms(saved, N, K) + tl.cast(N, tl.int64) * tile + f)
     if LARGE > 0:
         if n > LARGE:
             slot = f // LARGE
@@ -164,7 +164,7 @@ def cluster_columns(
                 end,
                 f,
                 n,
-                centred,
+                m,
                 centre,
                 centre_top,
                 upstream,
@@ -184,7 +184,7 @@ def cluster_columns(
             end,
             f,
             n,
-            centred,
+            m,
             centre,
             centre_top,
             upstream,
@@ -195,7 +195,7 @@ def cluster_columns(
             R,
             VEC,
         )
-    return centred, L, pull
+    return m, L, pull
 
 
 @triton.jit(do_not_specialize=["N", "C", "K", "row_units", "col_stride", "up_stride", "tiles"])
@@ -349,7 +349,7 @@ def gradient_kernel(
                     L = tl.log(Q) + log_b[:, None]
                     pull = L
                 else:
-                    centred, L, pull = cluster_columns(
+                    m, L, pull = cluster_columns(
                         Z, S, T, saved, N, p, stop, f, n, tile, tiles, centre, centre_top, upstream, grad_stride,
                         large_pulls, col, LARGE, KC, POWERS, R, VEC,
                     )  # fmt: skip
@@ -358,9 +358,12 @@ def gradient_kernel(
                     x = below_top(z, top, floor)
                     e = exponentials(x, a, base, KC, POWERS)
                     y = x
-                    if not GIVEN and centred:
+                    if not GIVEN and m > 0:
                         y = from_centre(z, top, live, centre, centre_top)
-                    t = a[:, None, None] * y[None, :, :] - L[:, None, :]
+                    if GIVEN:
+                        t = a[:, None, None] * y[None, :, :] - L[:, None, :]
+                    else:
+                        t = a[:, None, None] * by_form(y, x, m, KC, POWERS) - L[:, None, :]
                     mean = per_row(means, K, q, live, KC)
                     factor = c[:, None] * per_row(S[2], K, q, live, KC)
                     pulled = factor

@@ -43,7 +43,7 @@ def centroids_kernel(
         if label >= 0:
             centre, centre_top = load_centre(Z, S, f, col, VEC)
             total, _weighted, _drift = sums(
-                Z, S, T, p, stop, f, False, centre, centre_top, None, 0, col, KC, POWERS, R, VEC
+                Z, S, T, p, stop, f, 0, centre, centre_top, None, 0, col, KC, POWERS, R, VEC
             )  # fmt: skip
             at = (order * C + label) * C
             mask = (k < K)[:, None] & (col < C)[None, :]

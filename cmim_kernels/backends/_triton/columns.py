@@ -10,20 +10,23 @@ which contains t - mean t, nor the divergence (forward.py), so that d may be shi
 that carries all of the probability then has d = 0 exactly, and its tiny log-ratio is not drowned.
 
 The plain form costs half as much. It is taken where the tile is wide: a^2 d^2 is not small on average, under P_b
-at the lowest and at the highest a; or where a d is too large for the centred form in an entry that matters, as
-for a class masked in some rows only. An entry that does not matter has its exp(a d) cut off.
+at the lowest and at the highest a; and at those temperatures where a d is too large for the centred form in an
+entry that matters, as for a class masked in some rows only. An entry that does not matter has its exp(a d) cut
+off. Temperatures are sorted by a, so that the form of a tile is one number m: it is centred at the first m of them.
+Both forms, 0 < m < K, are for general grids, whose hot temperatures may see a collapsed cluster where the cold
+ones do not. Grids of powers span a factor of 64 at most: too little for that, so that m is 0 or K.
 """
 
 import triton
 import triton.language as tl
 
 from .blocks import load_rows, per_cluster, per_row
-from .elementary import LOG2E, exponentials, growths, log1p
+from .elementary import LOG2E, exp_less, exponentials, growths, log1p
 
 WIDE = tl.constexpr(
     0.02
 )  # mean a^2 d^2 from which float32 resolves the plain form; measured, docs/numerics.md
-FAR = tl.constexpr(30.0)  # |a d| up to which the centred form resolves an entry
+FAR = tl.constexpr(30.0)  # |a d| up to which the centred form resolves an entry, of any temperature
 BEYOND = tl.constexpr(1e13)  # about exp(FAR)
 NEGLIGIBLE = tl.constexpr(1.5)  # P < exp(-1.5 FAR) in the row and in the centre: no matter what d is there
 VANISHED = tl.constexpr(1.2e-38)  # the smallest normal number
@@ -83,13 +86,49 @@ def spread(Z, S, begin, end, centre, centre_top, col, low, high, floor, R: tl.co
 
 
 @triton.jit
-def is_centred(n, mild, sharp, widest, centre, centre_top, low, high, floor):
-    """Whether a tile with the sums of `spread` over all n rows of its cluster takes the centred form."""
+def choose_form(
+    n,
+    mild,
+    sharp,
+    widest,
+    centre,
+    centre_top,
+    table,
+    K,
+    low,
+    high,
+    floor,
+    KC: tl.constexpr,
+    POWERS: tl.constexpr,
+):
+    """m of a tile with the sums of `spread` over all n rows of its cluster."""
     x = tl.maximum(centre - centre_top, floor)
     mild_mass = n * tl.sum(tl.exp2(low * LOG2E * x), 0)
     sharp_mass = n * tl.sum(tl.exp2(high * LOG2E * x), 0)
     wide = (low * low * mild >= mild_mass * WIDE) & (high * high * sharp >= sharp_mass * WIDE)
-    return ~(wide | (high * widest > FAR))
+    if POWERS & 255 == 0:
+        k = tl.arange(0, KC)
+        near = (k < K) & (tl.load(table + k).to(tl.float32) * widest <= FAR)
+        m = tl.sum(near.to(tl.int32), 0)
+    else:
+        m = tl.where(high * widest <= FAR, K, 0)
+    return tl.where(wide, 0, m)
+
+
+@triton.jit
+def by_form(d, x, m, KC: tl.constexpr, POWERS: tl.constexpr):
+    """d where centred, else x: (KC, R, BC); on a grid of powers d (1, R, BC), whatever it is."""
+    out = d[None, :, :]
+    if POWERS & 255 == 0:
+        out = tl.where(tl.arange(0, KC)[:, None, None] < m, out, x[None, :, :])
+    return out
+
+
+@triton.jit
+def exponents(x, z, top, live, centre, centre_top, a, m, KC: tl.constexpr, POWERS: tl.constexpr):
+    """a d (KC, R, BC) where centred, which is at some temperature, else a x: t + L."""
+    d = from_centre(z, top, live, centre, centre_top)
+    return a[:, None, None] * by_form(d, x, m, KC, POWERS)
 
 
 @triton.jit
@@ -100,7 +139,7 @@ def sums(
     begin,
     end,
     f,
-    centred,
+    m,
     centre,
     centre_top,
     upstream,  # (N,) gradient of every row's loss, or None
@@ -111,8 +150,8 @@ def sums(
     R: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Sums over rows begin to end of P, or of w if centred: (KC, BC), 0 for absent temperatures; with an upstream
-    gradient g also the sums weighted with g - g_b, (KC, BC), and the sum of g - g_b, ()."""
+    """Sums over rows begin to end of P, or of w where centred: (KC, BC), 0 for absent temperatures; with an
+    upstream gradient g also the sums weighted with g - g_b, (KC, BC), and the sum of g - g_b, ()."""
     a, base, floor = T
     total = tl.zeros([KC, col.shape[0]], tl.float32)
     weighted = total
@@ -125,12 +164,20 @@ def sums(
     for start in range(begin, end, R):
         p, live, row, top, z = load_rows(Z, S, start, end, col, R, VEC)
         inverse = per_row(S[2], S[4], p, live, KC)
-        if centred:
-            d = from_centre(z, top, live, centre, centre_top)
+        if m > 0:
             ratio = tl.where(inverse == 0, 1.0, inverse * sum_b[:, None])  # S_b / S
-            grown = growths(d, a, base, KC, POWERS)
+            rest = ratio - 1.0
+            if POWERS & 255 == 0:
+                centred = tl.arange(0, KC)[:, None] < m
+                x = below_top(z, top, floor)
+                y = exponents(x, z, top, live, centre, centre_top, a, m, KC, POWERS)
+                grown = exp_less(y, centred[:, :, None].to(tl.float32))
+                ratio = tl.where(centred, ratio, inverse)
+                rest = tl.where(centred, rest, 0.0)
+            else:
+                grown = growths(from_centre(z, top, live, centre, centre_top), a, base, KC, POWERS)
             grown = tl.where(grown > BEYOND, BEYOND, grown)  # of a negligible entry
-            terms = grown * ratio[:, :, None] + (ratio - 1.0)[:, :, None]
+            terms = grown * ratio[:, :, None] + rest[:, :, None]
         else:
             terms = exponentials(below_top(z, top, floor), a, base, KC, POWERS) * inverse[:, :, None]
         total += tl.sum(terms, 1)
@@ -145,23 +192,28 @@ def sums(
 
 
 @triton.jit
-def logs(total, n, S, f, centred, KC: tl.constexpr):
+def logs(total, n, S, f, m, KC: tl.constexpr, POWERS: tl.constexpr):
     """(L (KC, BC), sum of the tile's Q (KC,), of the plain form only) from `sums` over all n rows of a cluster."""
     mean = total / n
-    if centred:
+    out = mean
+    if m > 0:
         out = log1p(mean)
-    else:
-        out = tl.where(mean < VANISHED, NOTHING, tl.log(mean) + per_cluster(S[3], S[4], f, KC)[:, None])
+    if m < S[4]:
+        plain = tl.where(mean < VANISHED, NOTHING, tl.log(mean) + per_cluster(S[3], S[4], f, KC)[:, None])
+        out = tl.where(tl.arange(0, KC)[:, None] < m, out, plain) if POWERS & 255 == 0 else plain
     return out, tl.sum(mean, 1)
 
 
 @triton.jit
-def pulls(total, weighted, drift, n, centred):
+def pulls(total, weighted, drift, n, m, KC: tl.constexpr, POWERS: tl.constexpr):
     """What a column's centroid passes on of the upstream gradients g of n rows: sum g P / sum P, (KC, BC), up to a
     constant of the temperature, from `sums` over all of the rows. Relative to g's spread and to w where centred."""
-    if centred:
+    if m > 0:
         mean = total / n
         out = (weighted - drift * mean) / (n * (1.0 + mean))
+        if POWERS & 255 == 0:
+            plain = tl.where(total < n * VANISHED, 0.0, weighted / total)
+            out = tl.where(tl.arange(0, KC)[:, None] < m, out, plain)
     else:
         out = tl.where(total < n * VANISHED, 0.0, weighted / total)
     return out

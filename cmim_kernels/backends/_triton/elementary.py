@@ -72,8 +72,14 @@ def growths(d, a, base, KC: tl.constexpr, POWERS: tl.constexpr):
 
 @triton.jit
 def expm1(x):
-    """Relative error 1e-7: Taylor's polynomial for |x| < 1/2."""
-    near = tl.abs(x) < 0.5
+    """Relative error 1e-7."""
+    return exp_less(x, 1.0)
+
+
+@triton.jit
+def exp_less(x, one):
+    """e^x - one, which is 1 or 0: Taylor's polynomial for |x| < 1/2 where it is 1."""
+    near = (tl.abs(x) < 0.5) & (one > 0.0)
     t = tl.where(near, x, 0.0)
     p = t * (1 / 40320) + (1 / 5040)
     p = p * t + (1 / 720)
@@ -81,7 +87,7 @@ def expm1(x):
     p = p * t + (1 / 24)
     p = p * t + (1 / 6)
     p = p * t + 0.5
-    return tl.where(near, p * (t * t) + t, tl.exp2(x * LOG2E) - 1.0)
+    return tl.where(near, p * (t * t) + t, tl.exp2(x * LOG2E) - one)
 
 
 @triton.jit

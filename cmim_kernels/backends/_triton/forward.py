@@ -11,9 +11,9 @@ The last program of a chunk to arrive adds the tiles up in their order, and the 
 theirs: counting arrivals is the only atomic operation, and no sum depends on who comes last.
 
 A / W is the mean of t that the gradient subtracts, free of what 1/S has rounded. Where all tiles of a cluster are
-plain the divergence is A / W - lambda; G would add the rounding of sum P and sum Q, each near one. Else it is G,
-and of it what the rounding of log S has done is taken back: it moves log(P/Q) of a row by some eta, and with it
-A / W - lambda by eta and G by eta^2/2, so that half the square of what the two differ by comes off.
+plain at a temperature the divergence is A / W - lambda; G would add the rounding of sum P and sum Q, each near one.
+Else it is G, and of it what the rounding of log S has done is taken back: it moves log(P/Q) of a row by some eta,
+and with it A / W - lambda by eta and G by eta^2/2, so that half the square of what the two differ by comes off.
 
 Given centroids need not sum to one: A = sum_j P log(P/Q) and W = sum_j P there (given.py), and the same is had
 from sum P = 1 + A - G - (1 - sum Q).
@@ -49,7 +49,7 @@ from .blocks import (
     per_cluster,
     per_row,
 )
-from .columns import below_top, from_centre, is_centred, logs, spread, sums
+from .columns import below_top, choose_form, exponents, logs, spread, sums
 from .elementary import excess, exponentials
 from .given import NEAR, given_shares
 
@@ -92,18 +92,18 @@ def fresh_logs(
     R: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """(form, L, sum of the tile's Q) of a cluster whose rows are begin to end; keeps the form."""
+    """(form m, L, sum of the tile's Q) of a cluster whose rows are begin to end; keeps the form."""
     centre, centre_top = load_centre(Z, S, f, col, VEC)
     low = tl.load(table).to(tl.float32)
     high = tl.load(table + S[4] - 1).to(tl.float32)
     mild, sharp, widest = spread(Z, S, begin, end, centre, centre_top, col, low, high, T[2], R, VEC)
-    centred = is_centred(n, mild, sharp, widest, centre, centre_top, low, high, T[2])
+    m = choose_form(n, mild, sharp, widest, centre, centre_top, table, S[4], low, high, T[2], KC, POWERS)
     total, _weighted, _drift = sums(
-        Z, S, T, begin, end, f, centred, centre, centre_top, None, 0, col, KC, POWERS, R, VEC
+        Z, S, T, begin, end, f, m, centre, centre_top, None, 0, col, KC, POWERS, R, VEC
     )
-    L, q_mass = logs(total, n, S, f, centred, KC)
-    tl.store(tile_forms + f, centred.to(tl.int32))
-    return centred, L, q_mass
+    L, q_mass = logs(total, n, S, f, m, KC, POWERS)
+    tl.store(tile_forms + f, m)
+    return m, L, q_mass
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def shares(
     begin,
     end,
     f,
-    centred,
+    m,
     L,
     q_mass,
     col,
@@ -136,25 +136,27 @@ def shares(
         e = exponentials(x, a, base, KC, POWERS)
         at = p.to(tl.int64)[None, :] * K + k
         inside = (k < K) & live[None, :]
-        if centred:
+        if m > 0:
             shift = per_row(S[3], K, p, live, KC) - per_cluster(S[3], K, f, KC)[:, None]
             centre, centre_top = load_centre(Z, S, f, col, VEC)  # again: registers are short here
-            d = from_centre(z, top, live, centre, centre_top)
             # t twice, in two ways of rounding: one sum after the other takes half the registers
-            s = L[:, None, :] - (a[:, None, None] * d[None, :, :] - shift[:, :, None])
+            s = L[:, None, :] - (
+                exponents(x, z, top, live, centre, centre_top, a, m, KC, POWERS) - shift[:, :, None]
+            )
             s = tl.where(s > OVERFLOW, OVERFLOW, s)  # of an entry that does not matter
             G = per_row(S[2], K, p, live, KC) * tl.sum(e * excess(s), 2)
-            tl.store(parts + at, G, mask=inside)
-            A, W = row_sums(e * (a[:, None, None] * d[None, :, :] - L[:, None, :]), e)
-            tl.store(parts + part_stride + at, A, mask=inside)
-            tl.store(masses + at, W, mask=inside)
+            tl.store(parts + at, G, mask=inside & (k < m))
+            A, W = row_sums(
+                e * (exponents(x, z, top, live, centre, centre_top, a, m, KC, POWERS) - L[:, None, :]), e
+            )
         else:
             A, W = row_sums(e * (a[:, None, None] * x[None, :, :] - L[:, None, :]), e)
-            tl.store(parts + part_stride + at, A, mask=inside)
-            tl.store(masses + at, W, mask=inside)
+        tl.store(parts + part_stride + at, A, mask=inside)
+        tl.store(masses + at, W, mask=inside)
+        if m < K:
             shift = per_row(S[3], K, p, live, KC) - per_cluster(S[3], K, f, KC)[:, None]
             G = per_row(S[2], K, p, live, KC) * ((A - shift * W) - W) + q_mass[:, None]
-            tl.store(parts + at, G, mask=inside)
+            tl.store(parts + at, G, mask=inside & (k >= m))
 
 
 @triton.jit
@@ -179,14 +181,14 @@ def wide_log(x):
 
 
 @triton.jit
-def count_centred(saved, tiles, N, K, first, busy):
-    """(R,) how many tiles of the cluster that starts at `first` have the centred form."""
+def some_tile_centred(saved, tiles, N, K, first, busy):
+    """(R,) at how many temperatures some tile of the cluster that starts at `first` is centred."""
     at = forms(saved, N, K) + first
-    total = tl.zeros(first.shape, tl.int32)
+    most = tl.zeros(first.shape, tl.int32)
     for _ in range(tiles):
-        total += tl.load(at, mask=busy, other=0, cache_modifier=".cg")
+        most = tl.maximum(most, tl.load(at, mask=busy, other=0, cache_modifier=".cg"))
         at += N
-    return total
+    return most
 
 
 @triton.jit
@@ -250,8 +252,8 @@ def finish_chunk(
                 shift = tl.load(log_s + at, mask=inside, other=0.0) - log_b
                 mean = A.to(tl.float64) / tl.where(inside, mass, 1.0)
                 gap = mean - shift - G
-                plain = busy & (count_centred(saved, tiles, N, K, first, busy) == 0)
-                kl = tl.where(plain[None, :], mean + log_b - wide_log(mass), G - 0.5 * gap * gap)
+                plain = inside & (k >= some_tile_centred(saved, tiles, N, K, first, busy)[None, :])
+                kl = tl.where(plain, mean + log_b - wide_log(mass), G - 0.5 * gap * gap)
                 mean = mean.to(tl.float32)
             tl.store(by_temperature(saved, N, K, MEAN_RATIO) + at, mean, mask=(k < K) & live[None, :])
             kl = tl.where((label == -2)[None, :], float("nan"), kl)
@@ -388,21 +390,21 @@ def forward_kernel(
             elif n > 1:
                 if LARGE > 0:
                     if n > LARGE:
-                        centred = tl.load(tile_forms + f) != 0
+                        m = tl.load(tile_forms + f)
                         slot = f // LARGE
                         L = load_large(large_logs(saved, N, K, tiles), slot, K, C, col, KC)
                         at = (tl.cast(slot, tl.int64) * tiles + tile) * K + k
                         q_mass = tl.load(large_masses + at, mask=k < K, other=0.0)
                     else:
-                        centred, L, q_mass = fresh_logs(
+                        m, L, q_mass = fresh_logs(
                             Z, S, T, table, p, stop, f, n, col, tile_forms, KC, POWERS, R, VEC
                         )
                 else:
-                    centred, L, q_mass = fresh_logs(
+                    m, L, q_mass = fresh_logs(
                         Z, S, T, table, p, stop, f, n, col, tile_forms, KC, POWERS, R, VEC
                     )
                 shares(
-                    Z, S, T, p, stop, f, centred, L, q_mass, col, tile_parts, part_stride,
+                    Z, S, T, p, stop, f, m, L, q_mass, col, tile_parts, part_stride,
                     masses + this_tile * K, KC, POWERS, R, VEC,
                 )  # fmt: skip
             p = stop

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .blocks import COUNT, FIRST, bundle, chunk_and_tile, forms, int_field, large_logs, load_centre
-from .columns import is_centred, logs, pulls, spread, sums
+from .columns import choose_form, logs, pulls, spread, sums
 
 SCALARS = tl.constexpr(3)
 
@@ -87,7 +87,7 @@ def large_parts_kernel(
                         begin,
                         end,
                         f,
-                        form == 1,
+                        tl.where(form == 1, K, 0),
                         centre,
                         centre_top,
                         None,
@@ -100,9 +100,9 @@ def large_parts_kernel(
                     )
                     store_part(at + tl.cast(form, tl.int64) * K * C, total, k, K, col, C)
             else:
-                centred = tl.load(forms(saved, N, K) + tl.cast(N, tl.int64) * tile + f) != 0
+                m = tl.load(forms(saved, N, K) + tl.cast(N, tl.int64) * tile + f)
                 total, weighted, drift = sums(
-                    Z, S, T, begin, end, f, centred, centre, centre_top, upstream, up_stride, col, KC, POWERS, R,
+                    Z, S, T, begin, end, f, m, centre, centre_top, upstream, up_stride, col, KC, POWERS, R,
                     VEC,
                 )  # fmt: skip
                 store_part(at, total, k, K, col, C)
@@ -114,7 +114,7 @@ def large_parts_kernel(
 def add_parts(
     parts, first_slot, last_slot, starts_inside, which, k, K, col, C, KC: tl.constexpr, BC: tl.constexpr
 ):
-    """(KC, BC): the sums number `which` of a cluster's parts, in their order."""
+    """(KC, BC): the sums number `which` (KC,) of a cluster's parts, in their order."""
     total = tl.zeros([KC, BC], tl.float32)
     mask = (k < K)[:, None] & (col < C)[None, :]
     for slot in range(first_slot, last_slot + 1):
@@ -143,6 +143,7 @@ def large_whole_kernel(
     LARGE: tl.constexpr,
     VEC: tl.constexpr,
     KC: tl.constexpr,
+    POWERS: tl.constexpr,
     BC: tl.constexpr,
 ):
     slot, tile = chunk_and_tile(tiles)
@@ -172,15 +173,17 @@ def large_whole_kernel(
             centre, centre_top = load_centre(Z, S, f, col, VEC)
             low = tl.load(table).to(tl.float32)
             high = tl.load(table + K - 1).to(tl.float32)
-            centred = is_centred(n, mild, sharp, widest, centre, centre_top, low, high, floor)
-            total = add_parts(parts, slot, last, f > lo, centred.to(tl.int32), k, K, col, C, KC, BC)
-            L, q_mass = logs(total, n, S, f, centred, KC)
-            tl.store(form, centred.to(tl.int32))
+            m = choose_form(
+                n, mild, sharp, widest, centre, centre_top, table, K, low, high, floor, KC, POWERS
+            )
+            total = add_parts(parts, slot, last, f > lo, (k < m).to(tl.int32), k, K, col, C, KC, BC)
+            L, q_mass = logs(total, n, S, f, m, KC, POWERS)
+            tl.store(form, m)
             tl.store(large_masses + (tl.cast(slot, tl.int64) * tiles + tile) * K + k, q_mass, mask=k < K)
             store_part(large_logs(saved, N, K, tiles) + tl.cast(slot, tl.int64) * K * C, L, k, K, col, C)
         else:
-            centred = tl.load(form) != 0
-            total = add_parts(parts, slot, last, f > lo, 0, k, K, col, C, KC, BC)
-            weighted = add_parts(parts, slot, last, f > lo, 1, k, K, col, C, KC, BC)
-            pull = pulls(total, weighted, drift, n, centred)
+            m = tl.load(form)
+            total = add_parts(parts, slot, last, f > lo, 0 * k, k, K, col, C, KC, BC)
+            weighted = add_parts(parts, slot, last, f > lo, 0 * k + 1, k, K, col, C, KC, BC)
+            pull = pulls(total, weighted, drift, n, m, KC, POWERS)
             store_part(large_pulls + tl.cast(slot, tl.int64) * K * C, pull, k, K, col, C)

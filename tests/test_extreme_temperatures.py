@@ -1,0 +1,138 @@
+"""However cold or hot the temperatures, loss, divergences and gradients are right: at 1/1000 every softmax is
+one-hot, at 1000 every cluster has collapsed, and the cross entropy beside them has temperature 1."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from calls import Options, fused, judged
+from conftest import Place
+from torch import Generator, Tensor
+
+import cmim_kernels as ck
+from cmim_kernels.reference import SPECTRUM
+from cmim_kernels.testing import (
+    COLLAPSED_CMI,
+    Regime,
+    assert_collapse_accuracy,
+    assert_gradient_within_budget,
+    assert_within_budget,
+    base,
+    truth,
+    value_and_grad,
+)
+
+GRIDS = {
+    "0.001": ck.TemperatureSpectrum([1e-3]),
+    "0.01 and 0.003": ck.TemperatureSpectrum([0.01, 0.003]),
+    "0.1": ck.TemperatureSpectrum([0.1]),
+    "1000": ck.TemperatureSpectrum([1000.0]),
+    "0.001 and 1000": ck.TemperatureSpectrum([1e-3, 1e3]),
+    "down to 1/4": ck.TemperatureSpectrum.uniform(4.0, 8),
+    "0.001 to 1000": ck.TemperatureSpectrum.geometric(1e-3, 1e3, 6),
+}
+
+
+def _batch(g: Generator, n: int, c: int, classes: int, masked: bool) -> tuple[Tensor, Tensor]:
+    logits, target = 3 * torch.randn(n, c, generator=g), torch.randint(0, classes, (n,), generator=g)
+    if masked:
+        mask = torch.rand(n, c, generator=g) < 0.2
+        logits = torch.where(mask.scatter(1, target[:, None], False), -torch.inf, logits)
+    return logits, target
+
+
+BATCHES = {
+    "12x7": Regime("12x7", lambda g: _batch(g, 12, 7, 4, False)),
+    "12x7 masked": Regime("12x7 masked", lambda g: _batch(g, 12, 7, 4, True)),
+    "64x50": Regime("64x50", lambda g: _batch(g, 64, 50, 16, False)),
+    "64x50 masked": Regime("64x50 masked", lambda g: _batch(g, 64, 50, 16, True)),
+}
+OTHERS = {
+    "default": Options(),
+    "rows": Options(reduction="none"),
+    "cross_entropy_options": Options(class_weight=True, label_smoothing=0.1),
+}
+grids = pytest.mark.parametrize("grid", GRIDS)
+batches = pytest.mark.parametrize("batch", BATCHES)
+
+
+def seeds(place: Place) -> range:
+    return range(2 if place.interpreted else 6)
+
+
+def forgiven(out: Tensor, truth: Tensor, scale: float) -> Tensor:
+    """`out`, but the truth where they differ by a few roundings of a number of size `scale`.
+
+    An entry of the gradient is a P (t - KL) over the rows. At a cold temperature P is one-hot and t = KL: the
+    truth vanishes, and plain PyTorch is exact by luck or rounds t, times a, as everyone else does.
+    """
+    return torch.where(
+        (out.double() - truth).abs() <= 8 * torch.finfo(torch.float32).eps / 2 * scale, truth, out
+    )
+
+
+@grids
+@batches
+@pytest.mark.parametrize("name", OTHERS)
+def test_loss_and_its_gradient(place: Place, grid: str, batch: str, name: str) -> None:
+    if "masked" in batch and name == "cross_entropy_options":
+        pytest.skip("infinite, as in F.cross_entropy")
+    if place.interpreted and name == "cross_entropy_options":
+        pytest.skip("slow")
+    options = replace(OTHERS[name], spectrum=GRIDS[grid])
+    results = []
+    for seed in seeds(place):
+        logits, target = options.batch(BATCHES[batch], torch.float32, place.device, seed)
+        out = (t.cpu() for t in fused(place, options, logits, target))
+        true, plain = judged(BATCHES[batch], options, torch.float32, seed, "loss")
+        rows = 1 if name == "rows" else len(logits)
+        scale = sum(
+            w * a
+            for w, a in zip(options.spectrum.weights, options.spectrum.inverse_temperatures, strict=True)
+        )
+        results.append((*out, *true, *plain, target.cpu(), torch.tensor(scale / rows)))
+    parts = (torch.cat([torch.atleast_1d(t) for t in part]) for part in zip(*results, strict=True))
+    value, gradient, true_value, true_gradient, base_value, base_gradient, target, scale = parts
+    assert_within_budget(value, true_value, base_value)
+    gradient = forgiven(gradient, true_gradient, float(scale[0]))
+    assert_gradient_within_budget(gradient, true_gradient, base_gradient, target)
+
+
+@grids
+@batches
+def test_divergence_of_every_temperature(place: Place, grid: str, batch: str) -> None:
+    """And its gradient: each by itself, since the coldest would hide the others."""
+    spectrum = GRIDS[grid]
+    for k, a in enumerate(spectrum.inverse_temperatures):
+        results = []
+        for seed in seeds(place):
+            logits, target = BATCHES[batch].make(device=place.device, seed=seed)
+            value, gradient = value_and_grad(
+                lambda z, y=target: ck.cmi_spectrum(z, y, temperatures=spectrum, backend=place.name),
+                logits,
+                upstream=torch.eye(len(spectrum), device=place.device)[k],
+            )
+            arguments = (target.cpu(), [a], [1.0], None, None, 0.0, 1.0, 0.0, -100, SPECTRUM)
+            true, plain = truth(logits.cpu(), *arguments), base(logits.cpu(), *arguments)
+            results.append((value[k : k + 1].cpu(), gradient.cpu(), *true, *plain, target.cpu()))
+        parts = (torch.cat(part) for part in zip(*results, strict=True))
+        value, gradient, true_value, true_gradient, base_value, base_gradient, target = parts
+        if true_value.max() < COLLAPSED_CMI:
+            assert_collapse_accuracy(value, gradient, true_value, true_gradient)
+            continue
+        assert_within_budget(value, true_value, base_value, f"CMI at T = {1 / a:g}")
+        gradient = forgiven(gradient, true_gradient, a / len(logits))
+        assert_gradient_within_budget(gradient, true_gradient, base_gradient, target)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.1, 1e3])
+def test_the_cross_entropy_does_not_see_the_temperatures(place: Place, temperature: float) -> None:
+    """Where every row has a class of its own the loss is the cross entropy, to the last bit on any grid."""
+    logits, target = 3 * torch.randn(8, 12, device=place.device), torch.arange(8, device=place.device)
+    logits[:, 9] = -torch.inf
+    out = fused(place, Options(ck.TemperatureSpectrum([temperature])), logits, target)
+    expected = fused(place, Options(cmi_weight=0.0), logits, target)
+    assert torch.equal(out[0], expected[0])
+    assert torch.equal(out[1], expected[1])
