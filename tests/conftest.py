@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-if INTERPRETING:
+from cmim_kernels.backends._triton.plan import interpreting
+
+if interpreting():
     import bearable_interpreter  # noqa: F401  # before any kernel runs
 
 ALL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -41,7 +41,7 @@ class Place:
 
 def places() -> list[object]:
     """The interpreter is slow, and chosen before Triton is imported: it has a run of its own."""
-    if INTERPRETING:
+    if interpreting():
         return [
             pytest.param(Place("triton", "cpu", NO_DOUBLE), marks=pytest.mark.interpreter, id="interpreter")
         ]

@@ -7,18 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_calls import (
-    EIGHT,
-    Arguments,
-    arguments,
-    both_paths,
-    check,
-    clusters,
-    needs_x86,
-    run,
-    same_bits,
-)
+from cuda_calls import both_paths, check, needs_x86, run, same_bits
 from cuda_emulated import AUTOMATIC, emulated, guarded, launches, settings
+from operator_calls import EIGHT, Arguments, arguments, clusters
 from torch import Tensor
 
 from cmim_kernels.reference import MEAN, NONE, SPECTRUM, SUM

@@ -5,19 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from calls import SOME_GRIDS
-from cuda_calls import (
-    EIGHT,
-    arguments,
-    both_paths,
-    check,
-    check_norm,
-    check_together,
-    clusters,
-    needs_x86,
-    run,
-    same_bits,
-)
+from cuda_calls import both_paths, check, check_norm, check_together, needs_x86, run, same_bits
 from cuda_emulated import FUSED, TILED, emulated, settings
+from operator_calls import EIGHT, arguments, clusters
 
 from cmim_kernels import reference, testing
 from cmim_kernels.reference import MEAN, NONE, SPECTRUM, SUM

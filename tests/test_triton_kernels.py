@@ -2,78 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from calls import SOME_GRIDS
-from torch import Tensor
+from operator_calls import EIGHT, Operators, arguments, clusters
 
 from cmim_kernels import testing
 from cmim_kernels.backends import triton as backend
 from cmim_kernels.backends._triton import plan
+from cmim_kernels.backends._triton.plan import interpreting
 from cmim_kernels.reference import MEAN, NONE, SPECTRUM, SUM, class_centroids
 
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(not backend._interpreting(), reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1"),
 ]
 
-EIGHT = tuple(k / 8 for k in range(1, 9))
-
-
-def arguments(
-    target: Tensor, reduction: int = MEAN, a: tuple[float, ...] = EIGHT, **other: Any
-) -> tuple[Any, ...]:
-    w = tuple((1 + k) / len(a) for k in range(len(a)))
-    numbers = (other.get("ce_weight", 1.0), 1.0, other.get("label_smoothing", 0.0), -100, reduction)
-    return (target, a, w, other.get("class_weight"), other.get("centroids"), *numbers)
-
-
-def run(logits: Tensor, args: tuple[Any, ...], upstream: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    value, saved = backend.loss(logits, *args, True)
-    upstream = torch.ones_like(value) if upstream is None else upstream
-    return value, backend.loss_backward(upstream, saved, logits, *args)
-
-
-def check(logits: Tensor, args: tuple[Any, ...], upstream: Tensor | None = None) -> None:
-    check_together([(logits, args)], upstream)
-
-
-def check_together(batches: list[tuple[Tensor, tuple[Any, ...]]], upstream: Tensor | None = None) -> None:
-    """Values and gradients within the budget, or within the bounds for collapsed clusters.
-
-    Plain PyTorch is exact by luck now and then where there are few numbers: batches are judged as one.
-    """
-    results = []
-    for logits, args in batches:
-        value, gradient = run(logits, args, upstream)
-        true_value, true_gradient = testing.truth(logits, *args, upstream=upstream)
-        if true_value.abs().max() < testing.COLLAPSED_CMI:
-            assert args[-1] != NONE
-            testing.assert_collapse_accuracy(value, gradient, true_value, true_gradient)
-            continue
-        base_value, base_gradient = testing.base(logits, *args, upstream=upstream)
-        values = (torch.atleast_1d(v) for v in (value, true_value, base_value))
-        results.append((*values, gradient, true_gradient, base_gradient, args[0]))
-    if not results:
-        return
-    value, true_value, base_value, *gradients = (torch.cat(parts) for parts in zip(*results, strict=True))
-    # One number of plain PyTorch's may still be exact: allow what one sum rounds.
-    slack = torch.finfo(torch.float32).eps * true_value.abs().max()
-    assert (value.double() - true_value).abs().max() <= 2 * (base_value - true_value).abs().max() + slack
-    testing.assert_gradient_within_budget(*gradients)
-
-
-def clusters(width: float, n: int = 150, c: int = 37, seed: int = 3) -> tuple[Tensor, Tensor]:
-    """Two fifths of the rows and more in one class, every ninth ignored."""
-    g = torch.Generator().manual_seed(seed)
-    target = torch.randint(0, 5, (n,), generator=g)
-    target[: n * 2 // 5] = 2
-    target = target[torch.randperm(n, generator=g)]
-    logits = 2 * torch.randn(5, c, generator=g)[target] + width * torch.randn(n, c, generator=g)
-    target[::9] = -100
-    return logits, target
+_operators = Operators(lambda: backend)
+run, check, check_together = _operators.run, _operators.check, _operators.check_together
+check_norm = _operators.check_norm
 
 
 @pytest.fixture
@@ -98,11 +45,7 @@ class TestLargeClusters:
 
     def test_rows_without_cross_entropy(self, width: float) -> None:
         logits, target = clusters(width)
-        args = arguments(target, NONE, ce_weight=0.0)
-        upstream = torch.randn(150)
-        _, gradient = run(logits, args, upstream)
-        _, truth = testing.truth(logits, *args, upstream=upstream)
-        assert (gradient - truth).norm() <= 1e-6 * truth.norm()
+        check_norm(logits, arguments(target, NONE, ce_weight=0.0), torch.randn(150))
 
     def test_spectrum(self, width: float) -> None:
         logits, target = clusters(width)
@@ -161,7 +104,7 @@ GRIDS = SOME_GRIDS | {"16": tuple(k / 16 for k in range(1, 17))}
 def test_grids(grid: str) -> None:
     batches = [clusters(1.5, n=30, c=20, seed=seed) for seed in range(3)]
     for reduction in (MEAN, SPECTRUM):
-        check_together([(z, arguments(y, reduction, GRIDS[grid])) for z, y in batches])
+        check_together([(z, arguments(y, reduction, GRIDS[grid]), None) for z, y in batches])
 
 
 def test_64_temperatures() -> None:
@@ -170,10 +113,7 @@ def test_64_temperatures() -> None:
     batches = [clusters(1.5, n=30, c=20, seed=seed) for seed in range(2)]
     for logits, target in batches:
         args = arguments(target, MEAN, tuple(k / 64 for k in range(1, 65)))
-        value, gradient = run(logits, args)
-        true_value, true_gradient = testing.truth(logits, *args)
-        assert (value - true_value).abs() <= 2e-7 * true_value
-        assert (gradient - true_gradient).norm() <= 2e-7 * true_gradient.norm()
+        check_norm(logits, args, at_most=2e-7)
 
 
 # 2**32 + 2 is class 2 to whoever narrows labels to 32 bits before looking at them.

@@ -10,7 +10,6 @@ the loss NaN, and the gradient of that row.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,6 +27,7 @@ from ._triton.plan import (
     ROWS_OF_SUMS,
     Plan,
     Temperatures,
+    interpreting,
     make_plan,
     next_power_of_two,
     table,
@@ -40,15 +40,11 @@ SAVED_IS_GRADIENT = False
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
 def unusable() -> str | None:
     """Triton is not installed, or there is neither a GPU nor Triton's interpreter to run it on."""
     if find_spec("triton") is None:
         return 'Triton is not installed: pip install "cmim-kernels[triton]"'
-    if not torch.cuda.is_available() and not _interpreting():
+    if not torch.cuda.is_available() and not interpreting():
         return "no GPU is available (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
     return None
 
@@ -57,8 +53,8 @@ def refuses(logits: Tensor, temperatures: int) -> str | None:
     """Refuses float64, tensors that are not on a GPU unless the interpreter runs, and what exceeds the tiling."""
     if logits.dtype not in _DTYPES:
         return f"it serves float32, bfloat16 and float16, logits is {logits.dtype}"
-    if logits.is_cpu != _interpreting():
-        where = "CPU tensors, since TRITON_INTERPRET is set" if _interpreting() else "tensors on a GPU"
+    if logits.is_cpu != interpreting():
+        where = "CPU tensors, since TRITON_INTERPRET is set" if interpreting() else "tensors on a GPU"
         return f"it serves {where}, logits is on {logits.device}"
     if temperatures > MAX_TEMPERATURES:
         return f"it serves up to {MAX_TEMPERATURES} temperatures, there are {temperatures}"

@@ -5,6 +5,13 @@
 
 namespace cmim::cuda {
 
+// The mask of the temperatures at which the class in a slot is centred, kept in two halves
+template <class A>
+__device__ inline void keep_mask(const Saved<A>& saved, int slot, uint64_t mask) {
+  saved.centred[2 * slot] = uint32_t(mask);
+  saved.centred[2 * slot + 1] = uint32_t(mask >> 32);
+}
+
 // The class in a slot, as the forward pass found it
 template <class T>
 __device__ inline void recall_class(Block<T>& b, int slot) {

@@ -59,8 +59,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
   if (threadIdx.x == 0) {
     const int slot = blockIdx.x;
     p.saved.first[slot] = b.first, p.saved.count[slot] = b.count;
-    p.saved.centred[2 * slot] = uint32_t(b.centred),
-                        p.saved.centred[2 * slot + 1] = uint32_t(b.centred >> 32);
+    keep_mask(p.saved, slot, b.centred);
   }
   finish_other_rows(q, f);
   if (last_to_finish(f.ticket, b.flags()))

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) list_classes(const __grid_constant__
 #pragma unroll 1
   for (int s = blockIdx.x * kThreads + threadIdx.x; s < q.slots; s += gridDim.x * kThreads) {
     if (s >= found[0]) saved.count[s] = 0;
-    saved.centred[2 * s] = saved.centred[2 * s + 1] = 0;
+    keep_mask(saved, s, 0);
   }
 }
 
@@ -232,8 +232,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     const uint64_t collapsed = sum_class(b, f, slot, cluster ? f.partial : nullptr);
     if (q.reduction == kNone) store_rows(b, f, cluster ? f.partial : nullptr);
     if (kAgain || !collapsed || q.centroids || threadIdx.x != 0) continue;
-    b.saved.centred[2 * slot] = uint32_t(collapsed),
-                        b.saved.centred[2 * slot + 1] = uint32_t(collapsed >> 32);
+    keep_mask(b.saved, slot, collapsed);
     f.found[kCollapsedClasses] = 1;
   }
 }
@@ -274,8 +273,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     const uint64_t mask = not_too_wide(b, b.centred, widest);
     collect_parts(b, f, f.partial);
     finish_centred_sums(b, f.partial);
-    if (threadIdx.x == 0)
-      b.saved.centred[2 * slot] = uint32_t(mask), b.saved.centred[2 * slot + 1] = uint32_t(mask >> 32);
+    if (threadIdx.x == 0) keep_mask(b.saved, slot, mask);
   }
 }
 

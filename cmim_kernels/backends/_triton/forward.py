@@ -19,8 +19,6 @@ Given centroids need not sum to one: A = sum_j P log(P/Q) and W = sum_j P there 
 from sum P = 1 + A - G - (1 - sum Q).
 """
 
-import os
-
 import triton
 import triton.language as tl
 
@@ -52,9 +50,10 @@ from .blocks import (
 from .columns import below_top, choose_form, exponents, logs, spread, sums
 from .elementary import excess, exponentials
 from .given import NEAR, given_shares
+from .plan import interpreting
 
 # Triton's interpreter knows the sum of one block, and takes seconds for any other reduction.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
+INTERPRETED = tl.constexpr(interpreting())
 NONE = tl.constexpr(0)
 MEAN = tl.constexpr(1)
 SPECTRUM = tl.constexpr(3)

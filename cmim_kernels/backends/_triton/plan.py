@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -37,6 +38,11 @@ OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True} | ({} if torch.version.
 # upstream gradients of every row); a quarter for float64 (given centroids).
 THREAD_VALUES, MANY_TEMPERATURES = 32, 32
 ROWS_OF_SUMS = 64  # rows to a block where there are eight numbers of each, and nothing else
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 class Temperatures(NamedTuple):
