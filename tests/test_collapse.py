@@ -42,6 +42,24 @@ def test_gradient_of_every_temperature(place: Place, name: str) -> None:
         assert_collapse_accuracy(value[k : k + 1].cpu(), gradient.cpu(), true_value, true_gradient)
 
 
+@pytest.mark.parametrize("height", [16.0, 30.0])
+@pytest.mark.parametrize("width", [0.3, 1.0])
+def test_confident_clusters(place: Place, width: float, height: float) -> None:
+    """As late in a training: logits still differ by `width`, but beside the label's they have no weight."""
+    g = torch.Generator().manual_seed(1)
+    target = torch.randint(0, 4, (32,), generator=g)
+    logits = 2 * torch.randn(4, 40, generator=g)[target] + width * torch.randn(32, 40, generator=g)
+    logits[torch.arange(32), target] += height
+    at, by = logits.to(place.device), target.to(place.device)
+    for k, a in enumerate(OPTIONS["default"].spectrum.inverse_temperatures):
+        upstream = torch.eye(8, device=place.device)[k]
+        value, gradient = value_and_grad(
+            lambda z: ck.cmi_spectrum(z, by, backend=place.name), at, upstream=upstream
+        )
+        arguments = (target, [a], [1.0], None, None, 0.0, 1.0, 0.0, -100, reference.SPECTRUM)
+        assert_collapse_accuracy(value[k : k + 1].cpu(), gradient.cpu(), *truth(logits, *arguments))
+
+
 @pytest.mark.parametrize("name", ["collapsed_0.001", "collapsed_0.1"])
 def test_rows_with_their_own_upstream_gradient(place: Place, name: str) -> None:
     """With reduction "none" the path through the centroid does not cancel; it has to survive collapse too."""

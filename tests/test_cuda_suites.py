@@ -16,6 +16,7 @@ from test_budget import (  # noqa: F401
 )
 from test_collapse import (  # noqa: F401
     test_cmi_and_its_gradient,
+    test_confident_clusters,
     test_gradient_of_every_temperature,
     test_half_precision_logits_lose_only_their_own_rounding,
     test_rows_with_their_own_upstream_gradient,
