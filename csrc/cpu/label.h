@@ -1,5 +1,6 @@
-// The gradient at the label, where probabilities are large and differences of nearly equal numbers decide:
-// one column of the cluster, had in double from the logits themselves.
+// The label's column of a cluster, where probabilities are large and differences of nearly equal numbers
+// decide: had in double from the logits themselves. In float the other columns are computed without it, so
+// that what is left of a confident row is not lost beside a probability near one.
 //
 //   set_row(i)     p_k = exp(a_k x) / S_k                                          once S of the row is known
 //   finish()       t_k = a_k x - log S_k - log q_k, q_k the centroid's entry       once Q is
@@ -11,8 +12,8 @@
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
-// kPerRow: t is g_i t - R/Q, see wide.h
-template <bool kPerRow>
+// kPerRow: t is g_i t - R/Q, see wide.h. kApart: the caller's sums leave the label out.
+template <bool kPerRow, bool kApart>
 struct LabelColumn {
   using V = Vec<double>;
   static constexpr int D = Simd<double>::width;
@@ -23,6 +24,7 @@ struct LabelColumn {
   int Kp;                       // temperatures in whole vectors, with coefficients of 0 at the end
   double *a, *coeff;            // (Kp) w_k a_k cmi_weight / normaliser
   double *p, *t, *mean;         // (n, Kp) see above; sum_j P_j t_j, which the caller writes
+  double* rest;                 // (n, Kp) kApart: 1 - p, without the cancellation
   double *log_q, *rho;          // (Kp) of the centroid; R/Q
   double *x, *p_ce, *upstream;  // (n) logit less the row's largest; its softmax at temperature 1
 
@@ -32,41 +34,55 @@ struct LabelColumn {
   template <class Layout>
   void place(Layout& layout) {
     for (double** of_row : {&p, &t, &mean}) layout.take(*of_row, n * Kp);
+    layout.take(rest, kApart ? n * Kp : 0);
     for (double** of_all : {&a, &coeff, &log_q, &rho}) layout.take(*of_all, Kp);
     for (double** one : {&x, &p_ce, &upstream}) layout.take(*one, n);
   }
-  void fill() {
+  template <class F>
+  void fill(F&& inverse_temperature) {
     for (int k = 0; k < Kp; ++k) {
       const bool real = k < job.temperatures;
-      a[k] = real ? job.a[k] : 0, coeff[k] = real ? job.coeff[k] : 0;
+      a[k] = real ? inverse_temperature(k) : 0, coeff[k] = real ? job.coeff[k] : 0;
     }
   }
 
-  // sums (K): S_k; s_ce: the same at temperature 1. kTerms: of the exponential's series.
-  template <int kTerms>
-  void set_row(int64_t i, double top, double floor, const double* sums, double s_ce) {
+  // sums (K): S_k, s_ce: the same at temperature 1; kApart: both lack the label and get it here.
+  void set_row(int64_t i, double top, double floor, double* sums, double& s_ce) {
+    // of the exponential's series: a relative error of 1e-11 in float, which x = 0 does not have
+    constexpr int kTerms = kApart ? 7 : 12;
     const int64_t row = cluster.rows[i];
     const double below =
         element(job.logits, job.storage, row * job.row_stride + cluster.label * job.col_stride) - top;
     x[i] = below < floor ? floor : below;
     upstream[i] = job.upstream ? job.upstream[row] : 1.0;
-    double* const to = p + i * Kp;
+    double *const to = p + i * Kp, *const others = rest + i * Kp;
     for (int k0 = 0; k0 < Kp; k0 += D) {
       store(to + k0, exp_nonpositive<kTerms>(load<V>(a + k0) * x[i]));
-      for (int k = k0; k < k0 + D; ++k) mean[i * Kp + k] = 0;
+      store(mean + i * Kp + k0, V{});
     }
-    if (job.has_ce)
-      p_ce[i] =
-          (job.ce_index >= 0 ? to[job.ce_index] : exp_nonpositive<kTerms>(splat<double>(x[i]))[0]) / s_ce;
+    if (job.has_ce) {
+      const double at_one =
+          job.ce_index >= 0 ? to[job.ce_index] : exp_nonpositive<kTerms>(splat<double>(x[i]))[0];
+      if constexpr (kApart) s_ce += at_one;
+      p_ce[i] = at_one / s_ce;
+    }
     by_doubles(job.temperatures, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(width)::value;
-      store_doubles<N>(to + k0, doubles<N>(to + k0) / doubles<N>(sums + k0));
+      auto sum = doubles<N>(sums + k0);
+      const auto own = doubles<N>(to + k0);
+      if constexpr (kApart) {
+        const auto without = sum;
+        sum += own;
+        store_doubles<N>(sums + k0, sum);
+        store_doubles<N>(others + k0, without / sum);
+      }
+      store_doubles<N>(to + k0, own / sum);
     });
   }
 
-  // log_sums (n, K): log S_k less shift_k; given(k): the centroid's entry where it is given. For float.
-  template <bool kGiven, class F>
-  void finish(const double* log_sums, const float* shift, F&& given) {
+  // log_sums (n, K): log S_k less shift(k); given(k): the centroid's entry where it is given. For float.
+  template <bool kGiven, class H, class F>
+  void finish(const double* log_sums, H&& shift, F&& given) {
     const int K = job.temperatures;
     for (int k0 = 0; k0 < Kp; k0 += D) {
       V q{};
@@ -79,7 +95,7 @@ struct LabelColumn {
       const V q = load<V>(log_q + k0);
       store(log_q + k0, q == 0.0 ? splat<double>(kGiven ? -__builtin_inf() : 0.0) : log_positive(q));
     }
-    for (int k = 0; k < K; ++k) log_q[k] += double(shift[k]);
+    for (int k = 0; k < K; ++k) log_q[k] += shift(k);
     set_t(log_sums);
   }
   // In double: log_q (K) with its shift, and rho (K), as every other column had them, so that whatever their

@@ -26,6 +26,8 @@ struct Narrow : Rows<float> {
   using V = Vec<float>;
 
   int64_t slots;                  // how many tiles pbar and L hold at a time
+  float* G;                       // (n, Cp) the gradient as far as it has come
+  float* one;                     // (Cp) exp(zbar - max)
   float *center, *ebar, *weight;  // (Cp) zbar; exp(base (zbar - max)); softmax(a_K zbar)
   double* sbar;                   // (K) sum_j ebar^(p + k)
   float *inv_sbar, *m;            // (K) its inverse; mean of s / (1 + s)
@@ -43,10 +45,11 @@ struct Narrow : Rows<float> {
     place(layout);
     layout.at = reinterpret_cast<int64_t>(reserve(ws, layout.at));
     place(layout);
-    fill();
+    for (int k = 0; k < K; ++k) a[k] = float(job.a[k]);
   }
   void place(Layout& layout) {
-    Rows::place(layout, job.has_ce);
+    Rows::place(layout);
+    layout.take(G, n * Cp);
     layout.take(one, job.has_ce ? Cp : 0);
     layout.take(center, Cp), layout.take(ebar, Cp), layout.take(weight, Cp);
     layout.take(sbar, K), layout.take(inv_sbar, K), layout.take(m, K);
@@ -97,6 +100,8 @@ struct Narrow : Rows<float> {
       store(center + j, first + total * scale);
     }
   }
+
+  int64_t slot_of(int64_t tile) const { return slots == 1 ? 0 : tile; }
 
   void mean_softmax() {
     V highest = splat(-__builtin_inff());
@@ -156,8 +161,8 @@ struct Narrow : Rows<float> {
     for (int64_t at = i * K; at < (i + 1) * K; ++at) acc[at] = V{}, sum[at] = 0;
   }
 
-  void mean_tile(int64_t tile, int64_t slot) {
-    const int64_t begin = tile * cols;
+  void mean_tile(int64_t tile) {
+    const int64_t begin = tile * cols, slot = slot_of(tile);
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       float* const to = pbar + (slot * K + k0) * kStride - begin;
@@ -176,8 +181,8 @@ struct Narrow : Rows<float> {
     for (int k = 1; k < N; ++k) v[k] = v[k - 1] * e1 + v1;
   }
 
-  void row_sums(int64_t i, int64_t tile, int64_t slot) {
-    const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
+  void row_sums(int64_t i, int64_t tile) {
+    const int64_t begin = tile * cols, end = end_of(tile), slot = slot_of(tile);
     const float *const x = X + i * Cp, *const e = E + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
@@ -233,8 +238,8 @@ struct Narrow : Rows<float> {
     return true;
   }
 
-  void centroid(int64_t tile, int64_t slot) {
-    const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
+  void centroid(int64_t tile) {
+    const int64_t begin = tile * cols, end = end_of(tile), slot = slot_of(tile);
     V lo{}, hi{};
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
@@ -266,8 +271,8 @@ struct Narrow : Rows<float> {
   }
 
   template <int kOrder>
-  void accumulate(int64_t i, int64_t tile, int64_t slot) {
-    const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
+  void accumulate(int64_t i, int64_t tile) {
+    const int64_t begin = tile * cols, end = end_of(tile), slot = slot_of(tile);
     const float* const x = X + i * Cp;
     float *const e = E + i * Cp, *const g_to = G + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
@@ -326,15 +331,48 @@ struct Narrow : Rows<float> {
     if (!job.has_ce) return value;
     const RowEntropy e = row_entropy(job, cluster.rows[i], label);
     const int64_t j = label / W * W;
-    const double ce = double(unscaled_softmax<true>(i, j)[label - j]);
+    const double ce = double(unscaled_softmax(i, j)[label - j]);
     return value + (e.probability * double(r_ce[i]) * ce - e.one_hot - e.smooth * class_weight(job, label));
+  }
+
+  // softmax at temperature 1 up to r_ce, at columns j .., from d, since a power of E carries its rounding
+  // several times over
+  CMIM_INLINE V unscaled_softmax(int64_t i, int64_t j) const {
+    const V mean = load<V>(one + j);
+    return expm1_small(load<V>(X + i * Cp + j)) * mean + mean;
+  }
+
+  // G - sum_k q_k E^(p + k), and the cross entropy's gradient
+  void write_gradient(int64_t i, double at_label) {
+    const int64_t row = cluster.rows[i];
+    const RowEntropy e = row_entropy(job, row, cluster.label);
+    float* const g = G + i * Cp;
+    const float soft = job.has_ce ? float(e.probability) * r_ce[i] : 0.0f;
+    subtract_smooth(job, e, g);
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value;
+      V qi[N];
+      for (int k = 0; k < N; ++k) qi[k] = splat(q[i * K + k0 + k]);
+      const float* const from = E + i * Cp;
+      const int p = job.power0 + k0;
+      const bool last = k0 + N == K;
+      auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
+        const V e1 = load<V>(from + j);
+        V v = load<V>(g + j) - polynomial<float, N>(e1, qi) * power<float>(e1, p);
+        if (last && job.has_ce) v += soft * unscaled_softmax(i, j);
+        return v;
+      };
+      if (last)
+        write_row<float>(job, row, value);
+      else
+        for (int64_t j = 0; j < Cp; j += W) store(g + j, value(j));
+    });
+    write_entry<float>(job, row, cluster.label, at_label);
   }
 
   template <int kOrder>
   void divergences(const Team& team) {
-    by_tile(
-        team, [&](int64_t t, int64_t slot) { centroid(t, slot); },
-        [&](int64_t i, int64_t t, int64_t slot) { accumulate<kOrder>(i, t, slot); });
+    by_tile(team, [&](int64_t t) { centroid(t); }, [&](int64_t i, int64_t t) { accumulate<kOrder>(i, t); });
   }
 
   // Returns false, with nothing written but what another pass will write again, when the cluster is too wide.
@@ -350,9 +388,7 @@ struct Narrow : Rows<float> {
       if (!(bound <= kNarrow)) return false;
       most = bound > most ? bound : most;
     }
-    by_tile(
-        team, [&](int64_t t, int64_t slot) { mean_tile(t, slot); },
-        [&](int64_t i, int64_t t, int64_t slot) { row_sums(i, t, slot); });
+    by_tile(team, [&](int64_t t) { mean_tile(t); }, [&](int64_t i, int64_t t) { row_sums(i, t); });
     if (!finish_sums()) return false;
     if (most <= kCollapsed) {
       divergences<2>(team);
@@ -369,7 +405,7 @@ struct Narrow : Rows<float> {
     }
     each(team, n, [&](int64_t i) {
       finish_row(i);
-      if (job.grad) write_gradient<Source::chain, true>(i, label_entry(i));
+      if (job.grad) write_gradient(i, label_entry(i));
     });
     return true;
   }

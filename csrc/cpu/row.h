@@ -28,6 +28,9 @@ CMIM_INLINE auto with_storage(Storage s, F&& f) {
   }
 }
 
+template <class T>
+constexpr Storage kStorageOf = sizeof(T) == 4 ? Storage::f32 : Storage::f64;
+
 inline double element(const void* p, Storage s, int64_t i) {
   switch (s) {
     case Storage::f64:
@@ -75,7 +78,7 @@ inline void load_row(const Job& job, int64_t row, T* x) {
 // z(row, :) as C numbers of T next to each other: the logits themselves where they are that, else a copy in x
 template <class T>
 inline const T* row_values(const Job& job, int64_t row, T* x) {
-  if (job.storage == (sizeof(T) == 4 ? Storage::f32 : Storage::f64) && job.col_stride == 1)
+  if (job.storage == kStorageOf<T> && job.col_stride == 1)
     return static_cast<const T*>(job.logits) + row * job.row_stride;
   load_row(job, row, x);
   return x;

@@ -13,10 +13,10 @@ namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
 constexpr int kTileVectors = 16;  // columns of a tile, fewer where many rows share the first-level cache
-constexpr int64_t kTileBytes = 24 << 10;
+constexpr int64_t kTileBytes = 32 << 10;
 constexpr int kSumBlock =
     32;  // rows summed before their sum joins the centroid's: rounding does not build up
-constexpr int kFlushTiles = 32;  // sums in lanes of T go over to double this often, whatever C
+constexpr int kFlushTiles = 16;  // sums in lanes of T go over to double this often, whatever C
 constexpr int64_t kStoredBytes = int64_t(1) << 20;  // about a core's second-level cache
 
 template <int N>
@@ -44,12 +44,38 @@ CMIM_INLINE Vec<T> power(Vec<T> x, int p) {  // p >= 1
   return y;
 }
 
+// The sum of a power of two of vectors, by pairs: it rounds less often than one after the other
+template <class T, int N>
+CMIM_INLINE Vec<T> sum_pairs(const Vec<T> (&v)[N]) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    Vec<T> half[N / 2];
+    for (int n = 0; n < N / 2; ++n) half[n] = v[2 * n] + v[2 * n + 1];
+    return sum_pairs<T, N / 2>(half);
+  }
+}
+// sum_k q_k x^k, by pairs too
+template <class T, int N>
+CMIM_INLINE Vec<T> polynomial(Vec<T> x, const Vec<T> (&q)[N]) {
+  if constexpr (N == 1) {
+    return q[0];
+  } else {
+    Vec<T> half[N / 2];
+    for (int n = 0; n < N / 2; ++n) half[n] = q[2 * n + 1] * x + q[2 * n];
+    return polynomial<T, N / 2>(x * x, half);
+  }
+}
+
 // Where a pass has exp(a_k x) from, at every temperature.
 enum class Source {
   chain,   // powers of exp(base x), a_k = (power0 + k) base: from E, (n, Cp)
-  stored,  // computed once per cluster, as powers where the grid has a base: E is (n, K, Cp)
+  stored,  // computed once per cluster, as powers where the grid has a base: E is (n, tiles, K, cols)
   direct,  // computed at each use from X, (n, Cp), where storing them would leave the second-level cache
 };
+// The base of the exponentials, as the factor that inverse temperatures take: see kLog2.
+template <class T, Source kSource>
+constexpr double kUnit = kSource == Source::chain ? 1.0 : kLog2<T>;
 
 // exp(a_k x) for the temperatures of one chunk, one after the other: few registers are in use at a time.
 // from: its place in E or X, stride: between temperatures, p: the power of the first one.
@@ -67,7 +93,7 @@ struct Exponentials {
   // k = 0, 1, ... in this order
   CMIM_INLINE Vec<T> at(int k) {
     if constexpr (kSource == Source::stored) return load<Vec<T>>(from + k * stride);
-    if constexpr (kSource == Source::direct) return exp_nonpositive(a[k] * one);
+    if constexpr (kSource == Source::direct) return exp_scaled(one, a[k]);
     if (k > 0) now *= one;
     return now;
   }
@@ -83,12 +109,9 @@ struct Powers {
   const int* multiple;
 
   CMIM_INLINE Powers(const T* place, T base, const T* inverse_temperatures, const int* multiples)
-      : x(load<Vec<T>>(place)),
-        one(exp_nonpositive(base * x)),
-        a(inverse_temperatures),
-        multiple(multiples) {}
+      : x(load<Vec<T>>(place)), one(exp_scaled(x, base)), a(inverse_temperatures), multiple(multiples) {}
   CMIM_INLINE Vec<T> at(int k) {
-    return multiple[k] <= kHighestPower ? power<T>(one, multiple[k]) : exp_nonpositive(a[k] * x);
+    return multiple[k] <= kHighestPower ? power<T>(one, multiple[k]) : exp_scaled(x, a[k]);
   }
 };
 
@@ -113,15 +136,15 @@ struct Rows {
   const Cluster& cluster;
   int64_t n, C, Cp;  // rows, classes, classes in whole vectors
   int K;
-  int64_t cols;   // columns of a tile, whole vectors
+  int64_t cols;   // columns of a tile, a power of two of vectors
+  int log_cols;   // its binary logarithm
   int64_t tiles;  // column tiles
   Source source;  // where the exponentials come from
-  T *X, *E,
-      *G;  // (n, Cp) what the temperatures multiply; exp(base X) up to a factor of the row; the gradient
-  T *r, *c, *q;  // (n, K) P_k = r_k E^(p + k); coeff r; c sum_j P log(P/Q)
-  T* a;          // (K)
-  T* r_ce;       // (n) the softmax at temperature 1 is r_ce exp(X)
-  T* one;        // (n, Cp) exp(X), where a term of its own; centred: (Cp) of the centre
+  T *X, *E;       // (n, Cp) what the temperatures multiply; exp(base X) up to a factor of the row
+  T *r, *c, *q;   // (n, K) P_k = r_k E^(p + k); coeff r; c sum_j P log(P/Q)
+  T* a;           // (K) inverse temperatures, in the base of the exponentials
+  T* r_ce;        // (n) the softmax at temperature 1 is r_ce exp(X)
+  T* one;         // (n, Cp) exp(X), where a term of its own; centred: (Cp) of the centre
 
   Rows(const Job& j, const Cluster& cl)
       : job(j),
@@ -131,10 +154,10 @@ struct Rows {
         Cp(round_up(C, W)),
         K(j.temperatures),
         source(choose(j, cl)) {
-    const int64_t vectors = (kTileBytes / n) / (kVectorBytes * (source == Source::stored ? K : 2));
-    cols = W * (vectors < kTileVectors / 4 ? kTileVectors / 4
-                : vectors < kTileVectors   ? vectors
-                                           : kTileVectors);
+    const int64_t vectors = kTileBytes / (n * kVectorBytes * (source == Source::stored ? K : 2));
+    cols = W * kTileVectors;
+    while (cols > W * kTileVectors / 4 && cols > W * vectors) cols /= 2;
+    log_cols = __builtin_ctzll(uint64_t(cols));
     tiles = (Cp + cols - 1) / cols;
   }
 
@@ -150,11 +173,16 @@ struct Rows {
     if (source == Source::stored) return f(std::integral_constant<Source, Source::stored>{});
     return f(std::integral_constant<Source, Source::direct>{});
   }
-  // the place of row i, temperature k0, column 0 in what exponentials() reads
+  // where exponentials are read from: row i, temperature k0, to which column() is added; between temperatures
+  // it is `cols` where they are stored
   template <Source kSource>
   CMIM_INLINE T* place_of(int64_t i, int k0) const {
-    if constexpr (kSource == Source::stored) return E + (i * K + k0) * Cp;
+    if constexpr (kSource == Source::stored) return E + (i * tiles * K + k0) * cols;
     return (kSource == Source::chain ? E : X) + i * Cp;
+  }
+  template <Source kSource>
+  CMIM_INLINE int64_t column(int64_t j) const {
+    return kSource == Source::stored ? j + (j >> log_cols) * (K - 1) * cols : j;
   }
 
   // Lays arrays out one after the other from an address.
@@ -167,59 +195,40 @@ struct Rows {
     }
   };
 
-  // `reread`: X is needed after G has been written
-  void place(Layout& layout, bool reread) {
+  void place(Layout& layout) {
     layout.take(X, n * Cp);
-    layout.take(E, source == Source::chain ? n * Cp : source == Source::stored ? n * K * Cp : 0);
-    const bool one_chunk = K == 1 || K == 4 || K == 8;
-    if (one_chunk && !reread)
-      G = X;
-    else
-      layout.take(G, n * Cp);
+    layout.take(E, source == Source::chain ? n * Cp : source == Source::stored ? n * K * tiles * cols : 0);
     layout.take(r, n * K), layout.take(c, n * K), layout.take(q, n * K);
     layout.take(a, K), layout.take(r_ce, n);
   }
-  void fill() {
-    for (int k = 0; k < K; ++k) a[k] = T(job.a[k]);
-  }
 
-  // by_tile(team, f, g): f(tile, slot) prepares what g(row, tile, slot) uses. Alone, a thread keeps one tile
-  // at a time in its first-level cache (slot 0); a team prepares all of them first.
+  // f(tile) prepares what g(row, tile) uses. Alone, a thread has one tile at a time in its first-level cache;
+  // a team prepares all of them first.
   template <class F, class H>
   void by_tile(const Team& team, F&& f, H&& g) {
     if (team.run) {
-      each(team, tiles, [&](int64_t t) { f(t, t); });
+      each(team, tiles, [&](int64_t t) { f(t); });
       each(team, n, [&](int64_t i) {
-        for (int64_t t = 0; t < tiles; ++t) g(i, t, t);
+        for (int64_t t = 0; t < tiles; ++t) g(i, t);
       });
     } else {
       for (int64_t t = 0; t < tiles; ++t) {
-        f(t, 0);
-        for (int64_t i = 0; i < n; ++i) g(i, t, 0);
+        f(t);
+        for (int64_t i = 0; i < n; ++i) g(i, t);
       }
     }
   }
-
-  // softmax at temperature 1 up to r_ce, at columns j .. of row i, where it is not one of the powers
-  template <bool kCentred>
-  CMIM_INLINE V unscaled_softmax(int64_t i, int64_t j) const {
-    if constexpr (kCentred) {
-      const V center = load<V>(one + j);
-      return expm1_small(load<V>(X + i * Cp + j)) * center + center;
-    } else {
-      return load<V>(one + i * Cp + j);
-    }
-  }
+  int64_t end_of(int64_t tile) const { return (tile + 1) * cols < Cp ? (tile + 1) * cols : Cp; }
 
   bool own_ce() const { return job.has_ce && job.ce_index < 0; }
 
-  // sums (K): S_k = sum_j E^(p + k); s_ce = sum_j exp(z - top).
-  void set_row(int64_t i, const double* sums, double s_ce, double upstream) {
+  // sums (K): S_k = sum_j E^(p + k); s_ce = sum_j exp(z - top). scale: of the coefficients
+  void set_row(int64_t i, const double* sums, double s_ce, double scale) {
     by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(width)::value;
       const auto inverse = 1.0 / doubles<N>(sums + k0);
       store_doubles<N>(r + i * K + k0, inverse);
-      store_doubles<N>(c + i * K + k0, doubles<N>(job.coeff + k0) * upstream * inverse);
+      store_doubles<N>(c + i * K + k0, doubles<N>(job.coeff + k0) * scale * inverse);
     });
     if (job.has_ce) r_ce[i] = T(1 / s_ce);
   }
@@ -240,48 +249,6 @@ struct Rows {
     }
     if (job.kl)
       for (int k = 0; k < K; ++k) job.kl[at * K + job.order[k]] = kl[k];
-  }
-
-  // G - sum_k q_k E^(p + k), and the cross entropy's gradient
-  // kCentred: X is centred, and the softmax at temperature 1 is taken from it, since a power of E carries its
-  // rounding several times over.
-  template <Source kSource, bool kCentred = false>
-  void write_gradient(int64_t i, double at_label) {
-    const int64_t row = cluster.rows[i];
-    const RowEntropy e = row_entropy(job, row, cluster.label);
-    T* const g = G + i * Cp;
-    const T soft = job.has_ce ? T(e.probability) * r_ce[i] : T(0);
-    subtract_smooth(job, e, g);
-    const bool add_ce = job.has_ce && (kCentred || own_ce());
-    if (job.has_ce && !add_ce) q[i * K + job.ce_index] -= soft;
-    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(chunk)::value;
-      T qi[N];
-      for (int k = 0; k < N; ++k) qi[k] = q[i * K + k0 + k];
-      const T *const ak = a + k0, *const from = this->template place_of<kSource>(i, k0);
-      const int64_t stride = Cp;
-      const int p = job.power0 + k0;
-      const bool last = k0 + N == K;
-      auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
-        V v = load<V>(g + j);
-        if constexpr (kSource == Source::chain) {  // Horner's rule
-          const V e1 = load<V>(from + j);
-          V h = splat(qi[N - 1]);
-          for (int k = N - 2; k >= 0; --k) h = h * e1 + qi[k];
-          v -= h * power<T>(e1, p);
-        } else {
-          Exponentials<kSource, T> ex(from + j, stride, ak, p);
-          for (int k = 0; k < N; ++k) v -= qi[k] * ex.at(k);
-        }
-        if (last && add_ce) v += soft * this->template unscaled_softmax<kCentred>(i, j);
-        return v;
-      };
-      if (last)
-        write_row<T>(job, row, value);
-      else
-        for (int64_t j = 0; j < Cp; j += W) store(g + j, value(j));
-    });
-    write_entry<T>(job, row, cluster.label, at_label);
   }
 };
 

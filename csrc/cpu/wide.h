@@ -5,14 +5,16 @@
 //   accumulate(row)      t = a_k X - L_k = log(P/Q) up to a constant of the row;  H_k = sum_j P t;
 //                        G = sum_k c_k P t
 //   divergences()        KL_k from H_k
-//   write_gradient(row)  G - sum_k c_k H_k P_k, and the cross entropy's gradient
+//   write(row)           G - sum_k c_k H_k P_k, and the cross entropy's gradient
 //
 // A constant of the row added to t changes H_k, but not t - H_k, so the gradient does not need it. Columns go
-// by in tiles that stay in the first-level cache between centroid and accumulate.
+// by in tiles that stay in the first-level cache between centroid and accumulate. G and what is taken from it
+// nearly cancel where one class has most of a row's probability: sums over temperatures are by pairs.
 //
 // In float, t carries the rounding of numbers of the size of the logits: enough where the rows differ
-// visibly. A cluster where they do not is done again in double, where KL is summed as Q psi(t), which never
-// cancels.
+// visibly. The label's column is left out of E, and its part of every sum comes in double from label.h. A
+// cluster that float cannot resolve even so is done again in double, where KL is summed as Q psi(t), which
+// never cancels.
 #pragma once
 
 #include "label.h"
@@ -21,9 +23,10 @@
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
-// Below this mean KL of a cluster, at any temperature that counts, float is not enough. docs/numerics.md
-// measures both sides of the seam.
-constexpr double kRedoBelow = 3e-4;
+// Float is not enough where a cluster's mean KL is, at any temperature that counts, below the first of these,
+// and below the second in units of the probability outside the label: what carries the rounding.
+// docs/numerics.md measures both sides of the seam.
+constexpr double kRedoBelow = 3e-4, kRedoBelowRest = 0.02;
 
 template <class T>
 constexpr T kSmallestNormal = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
@@ -34,22 +37,25 @@ constexpr T kSmallestNormal = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
 template <class T, bool kGiven, bool kPerRow>
 struct Wide : Rows<T> {
   using Base = Rows<T>;
-  using Base::a, Base::c, Base::C, Base::cluster, Base::Cp, Base::E, Base::G, Base::job, Base::K;
-  using Base::cols, Base::n, Base::q, Base::r, Base::source, Base::tiles, Base::W, Base::X, Base::kStride;
+  using Base::a, Base::c, Base::C, Base::cluster, Base::Cp, Base::E, Base::job, Base::K, Base::q, Base::r;
+  using Base::cols, Base::kStride, Base::n, Base::r_ce, Base::source, Base::tiles, Base::W, Base::X;
   using V = Vec<T>;
   static constexpr bool kCareful = sizeof(T) == 8;
 
-  int64_t slots;             // how many tiles L holds at a time
-  V *h_acc, *kl_acc;         // (n, K) sums of P t and Q psi(t) in lanes
-  double *h_sum, *kl_sum;    // (n, K)
-  double* off;               // (n, K) log S less its mean over the rows; in float, then KL
-  double *excess, *mean_kl;  // (K) sum_j Q - 1 of given centroids; sum of KL over the rows
-  T *mix, *mix_up;           // (n, K) weight of the row's exponentials in Q, and in R
-  T *log_mean, *up;          // (K), (n) upstream gradient
-  T* tops;                   // (n) largest logit
-  LabelColumn<kPerRow> label;
+  int64_t slots;              // how many tiles L holds at a time
+  V *h_acc, *kl_acc;          // (n, K) sums of P t and Q psi(t) in lanes
+  double *h_sum, *kl_sum;     // (n, K)
+  double* off;                // (n, K) log S less its mean over the rows; in float, then KL
+  double* excess;             // (K) sum_j Q - 1 of given centroids
+  double *all_kl, *all_rest;  // (K) sums over the rows of KL and of 1 - p at the label
+  T *mix, *mix_up;            // (n, K) weight of the row's exponentials in Q, and in R
+  T *shift, *up;              // (K) mean of log S, in the base of the exponentials; (n) upstream gradient
+  T* tops;                    // (n) largest logit
+  LabelColumn<kPerRow, !kCareful> label;
   T *log_label, *rho_label;  // (K) L and rho at the label
   T *L, *Q, *rho;            // (slots, K, kStride)
+  T* G;                      // (n, Cp) the gradient as far as it has come
+  T* one;                    // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
 
   Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws)
       : Base(j, cl), slots(whole ? tiles : 1), label(j, cl) {
@@ -57,30 +63,43 @@ struct Wide : Rows<T> {
     place(layout);
     layout.at = reinterpret_cast<int64_t>(reserve(ws, layout.at));
     place(layout);
-    this->fill();
-    if (job.grad) label.fill();
   }
   void place(typename Base::Layout& layout) {
-    Base::place(layout, source == Source::direct);
-    layout.take(this->one, this->own_ce() ? n * this->Cp : 0);
+    Base::place(layout);
+    layout.take(G, job.grad ? n * Cp : 0), layout.take(one, this->own_ce() ? n * Cp : 0);
     layout.take(h_acc, n * K), layout.take(kl_acc, kCareful ? n * K : 0);
     layout.take(h_sum, n * K), layout.take(kl_sum, kCareful ? n * K : 0);
     layout.take(off, n * K + Simd<double>::width);
-    layout.take(excess, kGiven && !kCareful ? K : 0), layout.take(mean_kl, kCareful ? 0 : K);
+    layout.take(excess, kGiven && !kCareful ? K : 0);
+    layout.take(all_kl, kCareful ? 0 : K), layout.take(all_rest, kCareful ? 0 : K);
     layout.take(mix, n * K), layout.take(mix_up, kPerRow ? n * K : 0);
-    layout.take(log_mean, K), layout.take(up, n), layout.take(tops, n);
-    if (job.grad) label.place(layout);
+    layout.take(shift, K), layout.take(up, n), layout.take(tops, n);
+    if (needs_label()) label.place(layout);
     layout.take(log_label, kCareful ? K : 0), layout.take(rho_label, kPerRow ? K : 0);
     layout.take(L, slots * K * kStride);
     layout.take(Q, kCareful ? slots * K * kStride : 0);
     layout.take(rho, kPerRow ? slots * K * kStride : 0);
   }
 
+  bool needs_label() const { return job.grad || !kCareful; }
+  int64_t slot_of(int64_t tile) const { return slots == 1 ? 0 : tile; }
+
+  template <Source kSource>
+  void fill() {
+    constexpr double unit = kUnit<T, kSource>;
+    for (int k = 0; k < K; ++k)  // multiples stay multiples, as the powers are
+      a[k] = unit != 1 && job.multiple ? T(double(T(job.base * unit)) * job.multiple[k]) : T(job.a[k] * unit);
+    if (needs_label()) label.fill([&](int k) { return kCareful ? job.a[k] : double(a[k]) / unit; });
+  }
+
   template <Source kSource>
   void prepare(int64_t i) {
     const int64_t row = cluster.rows[i], Cp = this->Cp;
+    constexpr double unit = kUnit<T, kSource>;
     const T* const z = row_values(job, row, X + i * Cp);
-    const T top = largest(z, C), floor = kVanishes<T> / a[0], base = T(job.base);
+    const T top = largest(z, C), base = T(job.base * unit);
+    const T floor =
+        kVanishes<T> / T(this->own_ce() && job.a[0] > 1 ? 1.0 : job.a[0]);  // vanishes at every temperature
     tops[i] = top;
     T *const x = X + i * Cp, *const e = E + i * Cp;
     each_vector(z, C, [=](int64_t j, V v) CMIM_INLINE_LAMBDA {
@@ -88,6 +107,10 @@ struct Wide : Rows<T> {
       store(x + j, v);
       if constexpr (kSource == Source::chain) store(e + j, exp_nonpositive(base * v));
     });
+    if constexpr (!kCareful) {
+      x[cluster.label] = floor;
+      if constexpr (kSource == Source::chain) e[cluster.label] = 0;
+    }
     double* const sums = off + i * K;           // its place until centre()
     if constexpr (kSource == Source::stored) {  // here, so that one pass makes them and adds them up
       if (job.multiple)
@@ -105,12 +128,11 @@ struct Wide : Rows<T> {
     }
     double s_ce = job.has_ce && !this->own_ce() ? sums[job.ce_index] : 0;
     if (this->own_ce())  // 1 is not one of the inverse temperatures
-      s_ce = store_exponentials(this->one + i * Cp, Cp,
-                                [=](int64_t j) CMIM_INLINE_LAMBDA { return load<V>(x + j); });
+      s_ce =
+          store_exponentials(one + i * Cp, Cp, [=](int64_t j) CMIM_INLINE_LAMBDA { return load<V>(x + j); });
     const double upstream = job.upstream ? job.upstream[row] : 1.0;
-    this->set_row(i, sums, s_ce, kPerRow ? 1.0 : upstream);
-    if (job.grad)
-      label.template set_row<kCareful ? 12 : 7>(i, double(top), double(kVanishes<T>) / job.a[0], sums, s_ce);
+    if (needs_label()) label.set_row(i, double(top), double(floor), sums, s_ce);
+    this->set_row(i, sums, s_ce, (kPerRow ? 1.0 : upstream) / unit);
     if (this->own_ce() || !job.has_ce)
       this->set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(top));
     up[i] = T(upstream);
@@ -127,19 +149,19 @@ struct Wide : Rows<T> {
   CMIM_INLINE void sum_exponentials(int64_t i, double* sums, F&& make) {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const int64_t Cp = this->Cp;
       const T* const from = (kSource == Source::chain ? E : X) + i * Cp;
-      T* const keep = E + (i * K + k0) * Cp;
       for (int k = 0; k < N; ++k) sums[k0 + k] = 0;
-      for (int64_t j0 = 0; j0 < Cp; j0 += kFlushVectors * W) {
-        const int64_t end = j0 + kFlushVectors * W < Cp ? j0 + kFlushVectors * W : Cp;
+      T* const keep = this->template place_of<kSource>(i, k0);
+      const int64_t between = cols, flush = cols * kFlushTiles;
+      for (int64_t j0 = 0; j0 < Cp; j0 += flush) {
         V s[N] = {};
-        for (int64_t j = j0; j < end; j += W) {
+        for (int64_t j = j0; j < Cp && j < j0 + flush; j += W) {
+          const int64_t at = this->template column<kSource>(j);
           auto ex = make(from + j, k0);
           for (int k = 0; k < N; ++k) {
             const V e = ex.at(k);
             s[k] += e;
-            if constexpr (kSource == Source::stored) store(keep + k * Cp + j, e);
+            if constexpr (kSource == Source::stored) store(keep + k * between + at, e);
           }
         }
         add_lanes<T, N>(s, sums + k0);
@@ -147,7 +169,15 @@ struct Wide : Rows<T> {
     });
   }
 
+  // A multiple of the last place of log Q, so that adding it is exact: one rounding in every column alike
+  // would not average out.
+  static double on_grid(double shift) {
+    constexpr double kSpacing = 0x1p-16;  // of floats up to 256
+    return __builtin_rint(shift / kSpacing) * kSpacing;
+  }
+
   // off holds S; it becomes the deviation of log S from its mean over the cluster
+  template <Source kSource>
   void centre() {
     for (int64_t at = 0; at < n * K; at += Simd<double>::width)
       store(off + at, log_positive(load<Vec<double>>(off + at)));
@@ -156,20 +186,23 @@ struct Wide : Rows<T> {
     for (int k = 0; k < K; ++k) {
       double mean = 0;
       for (int64_t i = 0; i < n; ++i) mean += off[i * K + k];
-      log_mean[k] = T(mean / double(n));
-      for (int64_t i = 0; i < n; ++i) off[i * K + k] -= double(log_mean[k]);
+      constexpr double unit = kUnit<T, kSource>;
+      shift[k] = T(kCareful ? mean / double(n) : on_grid(mean * unit / double(n)));
+      for (int64_t i = 0; i < n; ++i) off[i * K + k] -= double(shift[k]) / unit;
     }
   }
 
   template <Source kSource>
-  void centroid(int64_t tile, int64_t slot) {
+  void centroid(int64_t tile) {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       const int64_t n = this->n, Cp = this->Cp, K = this->K;
-      const T *const from = this->template place_of<kSource>(0, k0), *const ak = a + k0;
-      const int64_t row_stride = kSource == Source::stored ? K * Cp : Cp;
+      const T* const ak = a + k0;
+      const T* const from =
+          this->template place_of<kSource>(0, k0) + this->template column<kSource>(tile * cols) - tile * cols;
+      const int64_t between = cols, row_stride = kSource == Source::stored ? tiles * K * cols : Cp;
       const int p = job.power0 + k0;
-      const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
+      const int64_t begin = tile * cols, end = this->end_of(tile), slot = slot_of(tile);
       T* const l = L + (slot * K + k0) * kStride - begin;
       T* const mean_to = (kCareful ? Q : L) + (slot * K + k0) * kStride - begin;
       T* const rho_to = rho + (slot * K + k0) * kStride - begin;
@@ -181,7 +214,7 @@ struct Wide : Rows<T> {
           for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
             V part[N] = {}, part_up[N] = {};
             for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
-              Exponentials<kSource, T> ex(from + i * row_stride + j, Cp, ak, p);
+              Exponentials<kSource, T> ex(from + i * row_stride + j, between, ak, p);
               for (int k = 0; k < N; ++k) {
                 const V e = ex.at(k);
                 part[k] += e * mix[i * K + k0 + k];
@@ -202,9 +235,10 @@ struct Wide : Rows<T> {
       }
       // apart from the sums, so that many logarithms are under way at a time
       for (int k = 0; k < N; ++k) {
-        const T shift = log_mean[k0 + k];
+        const T shift = this->shift[k0 + k];
         for (int64_t j = begin; j < end; j += W) {
-          const V mean = load<V>(mean_to + k * kStride + j), log_q = log_positive(mean) + shift;
+          const V mean = load<V>(mean_to + k * kStride + j),
+                  log_q = log_positive<kUnit<T, kSource> != 1>(mean) + shift;
           store(l + k * kStride + j,
                 mean < kSmallestNormal<T> ? splat(kGiven ? T(-__builtin_inf()) : T(0)) : log_q);
         }
@@ -223,35 +257,42 @@ struct Wide : Rows<T> {
     return v;
   }
 
+  // of L, Q or rho: columns count from 0
+  const T* table(const T* of, int k0, int64_t tile) const {
+    return of + (slot_of(tile) * K + k0) * kStride - tile * cols;
+  }
+
   template <Source kSource>
-  void accumulate(int64_t i, int64_t tile, int64_t slot) {
+  void accumulate(int64_t i, int64_t tile) {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(chunk)::value;
+      constexpr int N = decltype(chunk)::value, kPairs = (N + 1) / 2;
       const int64_t at = i * K + k0;
       V h[N] = {}, kl[N] = {};  // sums of this tile, apart: fewer additions to a large sum
-      T scale[N], ak[N], shift[N], soft[N];
+      T scale[N], ak[N], constant[N], probability[N];
       for (int k = 0; k < N; ++k) {
         scale[k] = c[at + k], ak[k] = a[k0 + k];
-        if constexpr (kCareful) shift[k] = T(off[at + k]), soft[k] = r[at + k];
+        if constexpr (kCareful) constant[k] = T(off[at + k]), probability[k] = r[at + k];
       }
-      const int64_t begin = tile * cols, end = begin + cols < Cp ? begin + cols : Cp;
-      const T *const x = X + i * Cp, *const from = this->template place_of<kSource>(i, k0);
-      const T* const l = L + (slot * K + k0) * kStride - begin;
-      const T* const mean_of = Q + (slot * K + k0) * kStride - begin;
-      const T* const rho_of = rho + (slot * K + k0) * kStride - begin;
+      const T* const x = X + i * Cp;
+      const T* const from =
+          this->template place_of<kSource>(i, k0) + this->template column<kSource>(tile * cols) - tile * cols;
+      const T *const l = table(L, k0, tile), *const mean_of = table(Q, k0, tile);
+      const T* const rho_of = table(rho, k0, tile);
       T* const g_to = G + i * Cp;
       const int p = job.power0 + k0;
       const T gain = up[i];
-      for (int64_t j = begin; j < end; j += W) {
+      const int64_t between = cols, end = this->end_of(tile);
+      const bool wanted = job.grad;
+      for (int64_t j = tile * cols; j < end; j += W) {
         const V v = load<V>(x + j);
-        V g = k0 == 0 ? V{} : load<V>(g_to + j);
-        Exponentials<kSource, T> ex(from + j, Cp, ak, p);
+        Exponentials<kSource, T> ex(from + j, between, ak, p);
+        V part[kPairs];
         for (int k = 0; k < N; ++k) {
           const V e = ex.at(k);
           V t = ak[k] * v - load<V>(l + k * kStride + j);
           if constexpr (kCareful) {
-            t -= shift[k];
-            const V mean = load<V>(mean_of + k * kStride + j), prob = e * soft[k];
+            t -= constant[k];
+            const V mean = load<V>(mean_of + k * kStride + j), prob = e * probability[k];
             const V positive = mean * psi(t, prob / mean);
             // P = 0 contributes Q; with a given Q = 0 under P > 0 the divergence is infinite
             kl[k] += prob == T(0) ? mean : mean == T(0) ? splat(T(__builtin_inf())) : positive;
@@ -260,8 +301,14 @@ struct Wide : Rows<T> {
           V pt = e * t;
           if constexpr (kGiven) pt = e == T(0) ? V{} : pt;
           h[k] += pt;
-          g += scale[k] * pt;
+          if (k % 2 == 0)
+            part[k / 2] = scale[k] * pt;
+          else
+            part[k / 2] += scale[k] * pt;
         }
+        if (!wanted) continue;
+        V g = sum_pairs<T, kPairs>(part);
+        if (k0 > 0) g += load<V>(g_to + j);
         store(g_to + j, g);
       }
       for (int k = 0; k < N; ++k) {
@@ -286,38 +333,59 @@ struct Wide : Rows<T> {
     });
   }
 
+  template <Source kSource>
   void finish_label() {
     if constexpr (kCareful)
       label.finish(off, log_label, rho_label);
     else
-      label.template finish<kGiven>(off, log_mean, [&](int k) {
-        return entry(job, job.centroids, (int64_t(job.order[k]) * C + cluster.label) * C + cluster.label);
-      });
+      label.template finish<kGiven>(
+          off, [&](int k) { return double(shift[k]) / kUnit<T, kSource>; },
+          [&](int k) {
+            return entry(job, job.centroids, (int64_t(job.order[k]) * C + cluster.label) * C + cluster.label);
+          });
   }
 
   // q, what P_k is multiplied by in the gradient, of every row; in float also KL, which takes the place of
   // off. False: float cannot resolve this cluster.
+  template <Source kSource>
   bool divergences() {
-    if constexpr (kGiven && !kCareful)
-      for (int k = 0; k < K; ++k) excess[k] = given_excess(k);
-    for (int k = 0; k < K && !kCareful; ++k) mean_kl[k] = 0;
+    constexpr double unit = kUnit<T, kSource>;
+    if constexpr (kCareful) {
+      for (int64_t i = 0; i < n; ++i)
+        by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
+          constexpr int N = decltype(width)::value;
+          const auto h = doubles<N>(h_sum + i * K + k0) * doubles<N>(r + i * K + k0);
+          store_doubles<N>(q + i * K + k0, doubles<N>(c + i * K + k0) * h);
+          if (job.grad) store_doubles<N>(label.mean + i * label.Kp + k0, h);
+        });
+      return true;
+    }
+    for (int k = 0; k < K; ++k) {
+      all_kl[k] = all_rest[k] = 0;
+      if constexpr (kGiven) excess[k] = given_excess(k);
+    }
     for (int64_t i = 0; i < n; ++i)
       by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
         constexpr int N = decltype(width)::value;
-        const int64_t at = i * K + k0;
-        const auto h = doubles<N>(h_sum + at) * doubles<N>(r + at);
-        store_doubles<N>(q + at, doubles<N>(c + at) * h);
-        if (job.grad)
-          store_doubles<N>(label.mean + i * label.Kp + k0, kCareful ? h : h - doubles<N>(off + at));
-        if constexpr (!kCareful) {
-          auto value = h - doubles<N>(off + at);
-          if constexpr (kGiven) value += doubles<N>(excess + k0);
-          store_doubles<N>(off + at, value);
-          store_doubles<N>(mean_kl + k0, doubles<N>(mean_kl + k0) + value);
-        }
+        const int64_t at = i * K + k0, of_label = i * label.Kp + k0;
+        const auto rest = doubles<N>(label.rest + of_label), p = doubles<N>(label.p + of_label);
+        const auto constant = doubles<N>(off + at);
+        auto own = p * doubles<N>(label.t + of_label);
+        own = p == 0.0 ? decltype(own){} : own;  // a given Q = 0 under P = 0
+        // sum_j P log(P/Q): the other columns' t lacks the constant of the row
+        const auto mean = doubles<N>(h_sum + at) * doubles<N>(r + at) / unit - rest * constant + own;
+        store_doubles<N>(label.mean + of_label, mean);
+        store_doubles<N>(q + at, doubles<N>(c + at) * (mean + constant) * unit);
+        auto value = mean;
+        if constexpr (kGiven) value += doubles<N>(excess + k0);
+        store_doubles<N>(off + at, value);
+        store_doubles<N>(all_kl + k0, doubles<N>(all_kl + k0) + value);
+        store_doubles<N>(all_rest + k0, doubles<N>(all_rest + k0) + rest);
       });
-    for (int k = 0; k < K && !kCareful; ++k)
-      if ((job.w[k] != 0 || job.kl) && mean_kl[k] < kRedoBelow * double(n)) return false;
+    for (int k = 0; k < K; ++k)
+      if ((job.w[k] != 0 || job.kl) && all_kl[k] < kRedoBelow * double(n) &&
+          !(all_kl[k] >= kRedoBelowRest * all_rest[k]))
+        return false;
     return true;
   }
 
@@ -328,19 +396,67 @@ struct Wide : Rows<T> {
     return sum - 1;
   }
 
+  // The row's gradient: G - sum_k q_k E^(p + k), and the cross entropy's.
+  template <Source kSource>
+  void write(int64_t i) {
+    const int64_t row = cluster.rows[i];
+    const RowEntropy e = row_entropy(job, row, cluster.label);
+    const bool own_ce = this->own_ce();
+    const T soft = job.has_ce ? T(e.probability) * r_ce[i] : T(0);
+    if (job.has_ce && !own_ce) q[i * K + job.ce_index] -= soft;
+    T* const g = G + i * Cp;
+    subtract_smooth(job, e, g);
+    const T* const at_one = one + i * Cp;
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value, kPairs = (N + 1) / 2;
+      V qi[N];
+      for (int k = 0; k < N; ++k) qi[k] = splat<T>(q[i * K + k0 + k]);
+      const T *const from = this->template place_of<kSource>(i, k0), *const ak = a + k0;
+      const int p = job.power0 + k0;
+      const int64_t between = cols;
+      const bool last = k0 + N == K;
+      auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
+        V v = load<V>(g + j);
+        if constexpr (kSource == Source::chain) {
+          const V first = load<V>(from + j);
+          v -= polynomial<T, N>(first, qi) * power<T>(first, p);
+        } else {
+          Exponentials<kSource, T> ex(from + this->template column<kSource>(j), between, ak, p);
+          V part[kPairs];
+          for (int k = 0; k < N; ++k) {
+            const V e = ex.at(k);
+            if (k % 2 == 0)
+              part[k / 2] = qi[k] * e;
+            else
+              part[k / 2] += qi[k] * e;
+          }
+          v -= sum_pairs<T, kPairs>(part);
+        }
+        if (last && own_ce) v += soft * load<V>(at_one + j);
+        return v;
+      };
+      if (last)
+        write_row<T>(job, row, value);
+      else
+        for (int64_t j = 0; j < Cp; j += W) store(g + j, value(j));
+    });
+    write_entry<T>(job, row, cluster.label, label.entry(i));
+  }
+
   // Returns false, with no gradient written, when the cluster has to be done again in double.
   template <Source kSource>
   bool run(const Team& team) {
+    fill<kSource>();
     each(team, n, [&](int64_t i) { prepare<kSource>(i); });
-    centre();
+    centre<kSource>();
     this->by_tile(
-        team, [&](int64_t t, int64_t slot) { centroid<kSource>(t, slot); },
-        [&](int64_t i, int64_t t, int64_t slot) { accumulate<kSource>(i, t, slot); });
-    if (job.grad) finish_label();
-    if (!divergences()) return false;
+        team, [&](int64_t t) { centroid<kSource>(t); },
+        [&](int64_t i, int64_t t) { accumulate<kSource>(i, t); });
+    if (needs_label()) finish_label<kSource>();
+    if (!divergences<kSource>()) return false;
     each(team, n, [&](int64_t i) {
       this->report(i, (kCareful ? kl_sum : off) + i * K);
-      if (job.grad) this->template write_gradient<kSource>(i, label.entry(i));
+      if (job.grad) write<kSource>(i);
     });
     return true;
   }
