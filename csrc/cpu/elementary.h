@@ -212,14 +212,23 @@ CMIM_INLINE Vec<double> psi(Vec<double> t, Vec<double> ratio) {
 
 // The remaining functions serve clusters that have nearly collapsed, where everything is small.
 
-// exp(x) - 1 for |x| <= 1.05
+// exp(x) - 1 for |x| <= 0.005 with 2 as the order, 0.07 with 4, 1.05 with 8, as of psi_ratio
+template <int kOrder = 8>
 CMIM_INLINE Vec<float> expm1_small(Vec<float> x) {
-  Vec<float> p = x * 2.7570751e-06f + 2.54742057e-05f;
-  p = p * x + 0.000198490944f;
-  p = p * x + 0.00138835356f;
-  p = p * x + 0.00833326571f;
-  p = p * x + 0.0416668198f;
-  p = p * x + 0.166666681f;
+  Vec<float> p;
+  if constexpr (kOrder == 2) {  // Taylor series: what is left out is x^3/24 and x^4/120 of the result
+    p = x * 0.0416666667f + 0.166666667f;
+  } else if constexpr (kOrder == 4) {
+    p = x * 0.00833333333f + 0.0416666667f;
+    p = p * x + 0.166666667f;
+  } else {
+    p = x * 2.7570751e-06f + 2.54742057e-05f;
+    p = p * x + 0.000198490944f;
+    p = p * x + 0.00138835356f;
+    p = p * x + 0.00833326571f;
+    p = p * x + 0.0416668198f;
+    p = p * x + 0.166666681f;
+  }
   p = p * x + 0.5f;
   return p * (x * x) + x;
 }

@@ -4,6 +4,7 @@
 #include "narrow.h"
 #include "problem.h"
 #include "row.h"
+#include "split.h"
 #include "wide.h"
 
 namespace cmim::cpu {
@@ -22,25 +23,62 @@ class FlushSubnormals {
 #endif
 };
 
+// Of the largest to the smallest inverse temperature, up to which float's exponentials are right where those
+// of the smallest have just vanished.
+constexpr double kSpan = 1e8;
+
 template <class T, bool kGiven, bool kPerRow>
 bool run_wide(const Job& job, const Cluster& cluster, const Team& team, Workspace& ws) {
   Wide<T, kGiven, kPerRow> pass(job, cluster, team.run != nullptr, ws);
   return pass.with_source([&](auto source) { return pass.template run<decltype(source)::value>(team); });
 }
 
-void cluster(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
-  const FlushSubnormals guard;
-  const bool wide = job.storage != Storage::f64;
-  if (Narrow::serves(job) && Narrow(job, cl, team.run != nullptr, ws).run(team)) return;
+// Of every temperature, uncentred: in float if that resolves the cluster, else in double.
+void uncentred(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
+  const bool in_float = job.storage != Storage::f64 && job.a[job.temperatures - 1] <= kSpan * job.a[0];
   if (job.centroids) {
-    if (wide && run_wide<float, true, false>(job, cl, team, ws)) return;
+    if (in_float && run_wide<float, true, false>(job, cl, team, ws)) return;
     run_wide<double, true, false>(job, cl, team, ws);
   } else if (job.upstream) {
     run_wide<double, false, true>(job, cl, team, ws);
   } else {
-    if (wide && run_wide<float, false, false>(job, cl, team, ws)) return;
+    if (in_float && run_wide<float, false, false>(job, cl, team, ws)) return;
     run_wide<double, false, false>(job, cl, team, ws);
   }
+}
+
+// Of all temperatures, centred. Returns 0, or how far |d| reaches where that is too far.
+float centred(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
+  if (job.power0 > 0) return Narrow<Source::chain>(job, cl, team.run != nullptr, ws).run(team);
+  return Narrow<Source::direct>(job, cl, team.run != nullptr, ws).run(team);
+}
+
+void cluster(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
+  const FlushSubnormals guard;
+  float reach = 0;
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    const int first_few = centred_temperatures(job, cl, reach, ws);
+    if (first_few == 0) break;
+    const bool all = first_few == job.temperatures;
+    if (all && (!job.has_ce || (job.power0 > 0 && job.ce_index >= 0))) {
+      reach = centred(job, cl, team, ws);
+      if (reach == 0) return;
+      continue;
+    }
+    Job first = part(job, 0, first_few), rest = part(job, first_few, job.temperatures);
+    first.has_ce = false;
+    const int64_t Cp = round_up(job.classes, Simd<float>::width);
+    first.carry_label =
+        reinterpret_cast<double*>(reserve(ws.carry, cl.count * (Cp * int64_t(sizeof(float)) + 8)));
+    first.carry = reinterpret_cast<float*>(first.carry_label + cl.count);
+    rest.carried = first.carry, rest.carried_label = first.carry_label;
+    reach = centred(first, cl, team, ws);
+    if (reach != 0) continue;
+    if (!all) return uncentred(rest, cl, team, ws);
+    for (int64_t i = 0; i < cl.count; ++i) entropy_row<float>(rest, cl, i, ws);
+    return;
+  }
+  uncentred(job, cl, team, ws);
 }
 
 void entropy(const Job& job, const Cluster& cl, Workspace& ws) {
@@ -80,7 +118,7 @@ void centroid(const Job& job, const Cluster& cl, void* out, Workspace& ws) {
   const int64_t C = job.classes;
   constexpr int W = Simd<double>::width;
   const int64_t Cp = round_up(C, W);
-  double* x = reinterpret_cast<double*>(reserve(ws, 3 * Cp * int64_t(sizeof(double))));
+  double* x = reinterpret_cast<double*>(reserve(ws.pass, 3 * Cp * int64_t(sizeof(double))));
   double *e = x + Cp, *sum = e + Cp;
   for (int k = 0; k < job.temperatures; ++k) {
     for (int64_t j = 0; j < Cp; ++j) sum[j] = 0;

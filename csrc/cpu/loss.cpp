@@ -17,17 +17,20 @@ namespace {
 // Kept between calls up to this size, so that a training loop does not return pages to the system at every
 // step.
 constexpr int64_t kKeptBytes = int64_t(4) << 20;
+void release(Scratch& scratch) {
+  std::free(scratch.data);
+  scratch = Scratch{};
+}
 struct ThreadWorkspace : Workspace {
-  ~ThreadWorkspace() { std::free(data); }
+  ~ThreadWorkspace() { release(pass), release(carry); }
 };
 Workspace& workspace() {
   static thread_local ThreadWorkspace ws;
   return ws;
 }
 void trim(Workspace& ws) {
-  if (ws.bytes <= kKeptBytes) return;
-  std::free(ws.data);
-  ws = Workspace{};
+  for (Scratch* scratch : {&ws.pass, &ws.carry})
+    if (scratch->bytes > kKeptBytes) release(*scratch);
 }
 
 // One call: the request with its groups and normalisers, and the kernel's view of it.
@@ -91,7 +94,7 @@ struct Plan {
     job.row_cmi = row_cmi.data();
     if (q.reduction != Reduction::spectrum) return;
     kl.assign(groups.rows.size() * grid.a.size(), 0.0);
-    job.kl = kl.data();
+    job.kl = kl.data(), job.kl_stride = int(grid.a.size());
   }
 
   // Clusters without any CMI, for which the cross entropy is all there is.

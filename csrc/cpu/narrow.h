@@ -20,10 +20,12 @@ namespace {  // a copy for each variant: see problem.h
 // Bounds of a_K |d|. |log P - log Pbar| is at most twice that and |t| four times, within the domains of
 // psi_ratio<2> and <4> for the first two; for the third the domain of psi_ratio<8> is checked.
 constexpr float kCollapsed = 0.005f, kNarrowest = 0.07f, kNarrow = 1.0f;
-constexpr int kProbed = 8;  // vectors of two rows that are compared at a time
 
+// kSource: chain, where the a_k are consecutive multiples of a base, or direct
+template <Source kSource>
 struct Narrow : Rows<float> {
   using V = Vec<float>;
+  static constexpr bool kChain = kSource == Source::chain;
 
   int64_t slots;                  // how many tiles pbar and L hold at a time
   float* G;                       // (n, Cp) the gradient as far as it has come
@@ -40,10 +42,11 @@ struct Narrow : Rows<float> {
   double one_sum = 0;
   float top = 0;  // max zbar
 
-  Narrow(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Rows(j, cl), slots(whole ? tiles : 1) {
+  Narrow(const Job& j, const Cluster& cl, bool whole, Workspace& ws)
+      : Rows(j, cl, kSource), slots(whole ? tiles : 1) {
     Layout layout{0};
     place(layout);
-    layout.at = reinterpret_cast<int64_t>(reserve(ws, layout.at));
+    layout.at = reinterpret_cast<int64_t>(reserve(ws.pass, layout.at));
     place(layout);
     for (int k = 0; k < K; ++k) a[k] = float(job.a[k]);
   }
@@ -56,31 +59,6 @@ struct Narrow : Rows<float> {
     layout.take(mix, n * K), layout.take(off, n * K + W), layout.take(shift, n), layout.take(spread, n);
     layout.take(widest, tiles), layout.take(acc, n * K), layout.take(sum, n * K);
     layout.take(pbar, slots * K * kStride), layout.take(L, slots * K * kStride);
-  }
-
-  static bool serves(const Job& job) {
-    return job.storage != Storage::f64 && !job.centroids && !job.upstream && job.power0 > 0 &&
-           (job.ce_index >= 0 || !job.has_ce);
-  }
-
-  // Compares two rows, as far as it takes: wide clusters are told from narrow ones before all of them is
-  // read.
-  bool likely() {
-    const float* const first = row_values(job, cluster.rows[0], X);
-    const float* const last = row_values(job, cluster.rows[n - 1], X + (n - 1) * Cp);
-    const float limit = 2 * kNarrow / a[K - 1];
-    V lo = splat(__builtin_inff()), hi = -lo;
-    for (int64_t j0 = 0; j0 < C; j0 += kProbed * W) {
-      const int64_t count = C - j0 < kProbed * W ? C - j0 : kProbed * W;
-      each_vector(last + j0, count, [&](int64_t j, V z) CMIM_INLINE_LAMBDA {
-        const V y =
-            j + W <= count ? load<V>(first + j0 + j) : load_tail<float, float>(first + j0 + j, count - j);
-        const V d = z - y;  // NaN where both are masked, or beyond the last class
-        lo = d < lo ? d : lo, hi = d > hi ? d : hi;
-      });
-      if (!(max_lanes<float>(hi) + max_lanes<float>(-lo) <= limit)) return false;
-    }
-    return true;
   }
 
   // zbar, -inf where a class is masked throughout; z itself, to the bit, where all rows agree
@@ -109,16 +87,15 @@ struct Narrow : Rows<float> {
     top = max_lanes<float>(highest);
     const float base = float(job.base);
     for (int k = 0; k < K; ++k) sbar[k] = 0;
-    for (int64_t j = 0; j < Cp; j += W)
-      store(ebar + j, exp_nonpositive(at_least(base * (load<V>(center + j) - top), kVanishes<float>)));
+    if constexpr (kChain)
+      for (int64_t j = 0; j < Cp; j += W)
+        store(ebar + j, exp_nonpositive(at_least(base * (load<V>(center + j) - top), kVanishes<float>)));
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       for (int64_t j0 = 0; j0 < Cp; j0 += kFlushVectors * W) {
         V s[N] = {};
-        for (int64_t j = j0; j < Cp && j < j0 + kFlushVectors * W; j += W) {
-          Exponentials<Source::chain, float> ex(ebar + j, 0, nullptr, job.power0 + k0);
-          for (int k = 0; k < N; ++k) s[k] += ex.at(k);
-        }
+        for (int64_t j = j0; j < Cp && j < j0 + kFlushVectors * W; j += W)
+          each_mean<N>(k0, j, [&](int k, V e) CMIM_INLINE_LAMBDA { s[k] += e; });
         add_lanes<float, N>(s, sbar + k0);
       }
     });
@@ -128,7 +105,18 @@ struct Narrow : Rows<float> {
         return at_least(load<V>(center + j) - top, kVanishes<float>);
       });
     for (int64_t j = 0; j < Cp; j += W)
-      store(weight + j, power<float>(load<V>(ebar + j), job.power0 + K - 1) * inv_sbar[K - 1]);
+      each_mean<1>(K - 1, j, [&](int, V e) CMIM_INLINE_LAMBDA { store(weight + j, e * inv_sbar[K - 1]); });
+  }
+  // f(k, exp(a_k (zbar - max))) for one chunk
+  template <int N, class F>
+  CMIM_INLINE void each_mean(int k0, int64_t j, F&& f) const {
+    if constexpr (kChain) {
+      Exponentials<Source::chain, float> ex(ebar + j, 0, nullptr, job.power0 + k0);
+      for (int k = 0; k < N; ++k) f(k, ex.at(k));
+    } else {
+      const V below = load<V>(center + j) - top;
+      for (int k = 0; k < N; ++k) f(k, exp_nonpositive(at_least(a[k0 + k] * below, kVanishes<float>)));
+    }
   }
 
   // X from z to d, E to v_1
@@ -149,7 +137,7 @@ struct Narrow : Rows<float> {
     for (int64_t j = 0; j < Cp; j += W) {
       const V d = load<V>(x + j) - constant;
       store(x + j, d);
-      store(v1 + j, expm1_small(base * d));
+      if constexpr (kChain) store(v1 + j, expm1_small(base * d));
       wide = vmax<float>(magnitude(d), wide);
     }
     shift[i] = constant;
@@ -167,33 +155,36 @@ struct Narrow : Rows<float> {
       constexpr int N = decltype(chunk)::value;
       float* const to = pbar + (slot * K + k0) * kStride - begin;
       for (int64_t j = begin; j < Cp && j < begin + cols; j += W) {
-        Exponentials<Source::chain, float> ex(ebar + j, 0, nullptr, job.power0 + k0);
-        for (int k = 0; k < N; ++k) store(to + k * kStride + j, ex.at(k) * inv_sbar[k0 + k]);
+        each_mean<N>(
+            k0, j, [&](int k, V e) CMIM_INLINE_LAMBDA { store(to + k * kStride + j, e * inv_sbar[k0 + k]); });
       }
     });
   }
 
-  // v[k] = expm1(a_k d) for one chunk
-  template <int N>
-  CMIM_INLINE static void chain_from(V d, V v1, float a0, int p, V (&v)[N]) {
-    const V e1 = v1 + 1.0f;
-    v[0] = p == 1 ? v1 : expm1_small(a0 * d);
-    for (int k = 1; k < N; ++k) v[k] = v[k - 1] * e1 + v1;
+  // v[k] = expm1(a_k d) of row i for one chunk. kOrder: of psi_ratio, which tells how small they are.
+  template <int N, int kOrder>
+  CMIM_INLINE void expm1_of(int64_t i, int k0, int64_t j, V (&v)[N]) const {
+    const V d = load<V>(X + i * Cp + j);
+    if constexpr (kChain) {
+      const V v1 = load<V>(E + i * Cp + j), e1 = v1 + 1.0f;
+      v[0] = job.power0 + k0 == 1 ? v1 : expm1_small<kOrder>(a[k0] * d);
+      for (int k = 1; k < N; ++k) v[k] = v[k - 1] * e1 + v1;
+    } else {
+      for (int k = 0; k < N; ++k) v[k] = expm1_small<kOrder>(a[k0 + k] * d);
+    }
   }
 
+  template <int kOrder>
   void row_sums(int64_t i, int64_t tile) {
     const int64_t begin = tile * cols, end = end_of(tile), slot = slot_of(tile);
-    const float *const x = X + i * Cp, *const e = E + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       const float* const from = pbar + (slot * K + k0) * kStride - begin;
-      const int p = job.power0 + k0;
-      const float a0 = a[k0];
       V s[N];
       for (int k = 0; k < N; ++k) s[k] = acc[i * K + k0 + k];
       for (int64_t j = begin; j < end; j += W) {
         V v[N];
-        chain_from<N>(load<V>(x + j), load<V>(e + j), a0, p, v);
+        expm1_of<N, kOrder>(i, k0, j, v);
         for (int k = 0; k < N; ++k) s[k] += load<V>(from + k * kStride + j) * v[k];
       }
       for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = s[k];
@@ -229,7 +220,7 @@ struct Narrow : Rows<float> {
     for (int64_t i = 0; i < n; ++i) {
       double* const s = sum + i * K;
       const double s_ce = job.has_ce ? one_sum * (1 + s[job.ce_index]) : 0;
-      for (int k = 0; k < K; ++k) s[k] = sbar[k] * (1 + s[k]);
+      for (int k = 0; k < K; ++k) s[k] = (kChain ? sbar[k] : 1.0) * (1 + s[k]);
       set_row(i, s, s_ce, 1.0);
       set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(top) + double(shift[i]));
       for (int k = 0; k < K; ++k) s[k] = 0;
@@ -238,14 +229,13 @@ struct Narrow : Rows<float> {
     return true;
   }
 
+  template <int kOrder>
   void centroid(int64_t tile) {
     const int64_t begin = tile * cols, end = end_of(tile), slot = slot_of(tile);
     V lo{}, hi{};
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const int64_t n = this->n, Cp = this->Cp, K = this->K;
-      const int p = job.power0 + k0;
-      const float a0 = a[k0];
+      const int64_t n = this->n, K = this->K;
       float* const to = L + (slot * K + k0) * kStride - begin;
       for (int64_t j = begin; j < end; j += W) {
         V mean[N];
@@ -254,7 +244,7 @@ struct Narrow : Rows<float> {
           V part[N] = {};
           for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
             V v[N];
-            chain_from<N>(load<V>(X + i * Cp + j), load<V>(E + i * Cp + j), a0, p, v);
+            expm1_of<N, kOrder>(i, k0, j, v);
             for (int k = 0; k < N; ++k) part[k] += v[k] * mix[i * K + k0 + k];
           }
           for (int k = 0; k < N; ++k) mean[k] += part[k];
@@ -285,17 +275,28 @@ struct Narrow : Rows<float> {
         kl[k] = acc[i * K + k0 + k], ak[k] = a[k0 + k];
         scale[k] = c[i * K + k0 + k], shift[k] = off[i * K + k0 + k];
       }
+      const float* const mean_of = pbar + (slot * K + k0) * kStride - begin;
       for (int64_t j = begin; j < end; j += W) {
         const V d = load<V>(x + j);
         V g = k0 == 0 ? V{} : load<V>(g_to + j);
-        if (k0 == 0) {
+        if (kChain && k0 == 0) {
           const V mean = load<V>(ebar + j);
           store(e + j, load<V>(e + j) * mean + mean);
         }
-        Exponentials<Source::chain, float> ex(e + j, 0, nullptr, p);
+        V powers[N];
+        if constexpr (kChain) {
+          Exponentials<Source::chain, float> ex(e + j, 0, nullptr, p);
+          for (int k = 0; k < N; ++k) powers[k] = ex.at(k);
+        } else {
+          expm1_of<N, kOrder>(i, k0, j, powers);
+          for (int k = 0; k < N; ++k) {
+            const V mean = load<V>(mean_of + k * kStride + j);
+            powers[k] = powers[k] * mean + mean;
+          }
+        }
         for (int k = 0; k < N; ++k) {
           const V t = (ak[k] * d - shift[k]) - load<V>(l + k * kStride + j);
-          const V pt = ex.at(k) * t;
+          const V pt = powers[k] * t;
           g += scale[k] * pt;
           kl[k] += pt * psi_ratio<kOrder>(t);
         }
@@ -321,12 +322,18 @@ struct Narrow : Rows<float> {
   // The gradient at the label, before write_gradient changes anything
   double label_entry(int64_t i) const {
     const int64_t label = cluster.label;
-    const float first = E[i * Cp + label];
     double value = double(G[i * Cp + label]);
-    float ex = 1;
-    for (int k = 0; k < K; ++k) {
-      for (int step = k == 0 ? job.power0 : 1; step > 0; --step) ex *= first;
-      value -= double(q[i * K + k]) * double(ex);
+    if constexpr (kChain) {
+      const float first = E[i * Cp + label];
+      float ex = 1;
+      for (int k = 0; k < K; ++k) {
+        for (int step = k == 0 ? job.power0 : 1; step > 0; --step) ex *= first;
+        value -= double(q[i * K + k]) * double(ex);
+      }
+    } else {
+      const double to_mean = double(X[i * Cp + label]), below = double(center[label] - top);
+      for (int k = 0; k < K; ++k)
+        value -= double(q[i * K + k]) / sbar[k] * __builtin_exp(double(a[k]) * (below + to_mean));
     }
     if (!job.has_ce) return value;
     const RowEntropy e = row_entropy(job, cluster.rows[i], label);
@@ -342,10 +349,28 @@ struct Narrow : Rows<float> {
     return expm1_small(load<V>(X + i * Cp + j)) * mean + mean;
   }
 
-  // G - sum_k q_k E^(p + k), and the cross entropy's gradient
-  void write_gradient(int64_t i, double at_label) {
-    const int64_t row = cluster.rows[i];
-    const RowEntropy e = row_entropy(job, row, cluster.label);
+  // G less sum_k q_k P_k / r_k, one tile: direct
+  template <int kOrder>
+  void subtract_mean(int64_t i, int64_t tile) {
+    const int64_t begin = tile * cols, end = end_of(tile), slot = slot_of(tile);
+    float* const g = G + i * Cp;
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value;
+      const float* const mean_of = pbar + (slot * K + k0) * kStride - begin;
+      for (int64_t j = begin; j < end; j += W) {
+        V v[N], value = load<V>(g + j);
+        expm1_of<N, kOrder>(i, k0, j, v);
+        for (int k = 0; k < N; ++k) {
+          const V mean = load<V>(mean_of + k * kStride + j);
+          value -= q[i * K + k0 + k] * (v[k] * mean + mean);
+        }
+        store(g + j, value);
+      }
+    });
+  }
+  // G less sum_k q_k E^(p + k), and the cross entropy's gradient: chain
+  void subtract_powers(int64_t i) {
+    const RowEntropy e = row_entropy(job, cluster.rows[i], cluster.label);
     float* const g = G + i * Cp;
     const float soft = job.has_ce ? float(e.probability) * r_ce[i] : 0.0f;
     subtract_smooth(job, e, g);
@@ -355,47 +380,38 @@ struct Narrow : Rows<float> {
       for (int k = 0; k < N; ++k) qi[k] = splat(q[i * K + k0 + k]);
       const float* const from = E + i * Cp;
       const int p = job.power0 + k0;
-      const bool last = k0 + N == K;
-      auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
+      const bool add_ce = job.has_ce && k0 + N == K;
+      for (int64_t j = 0; j < Cp; j += W) {
         const V e1 = load<V>(from + j);
         V v = load<V>(g + j) - polynomial<float, N>(e1, qi) * power<float>(e1, p);
-        if (last && job.has_ce) v += soft * unscaled_softmax(i, j);
-        return v;
-      };
-      if (last)
-        write_row<float>(job, row, value);
-      else
-        for (int64_t j = 0; j < Cp; j += W) store(g + j, value(j));
+        if (add_ce) v += soft * unscaled_softmax(i, j);
+        store(g + j, v);
+      }
     });
-    write_entry<float>(job, row, cluster.label, at_label);
   }
-
-  template <int kOrder>
-  void divergences(const Team& team) {
-    by_tile(team, [&](int64_t t) { centroid(t); }, [&](int64_t i, int64_t t) { accumulate<kOrder>(i, t); });
-  }
-
-  // Returns false, with nothing written but what another pass will write again, when the cluster is too wide.
-  bool run(const Team& team) {
-    if (!likely()) return false;
-    each(team, n, [&](int64_t i) { load_row(job, cluster.rows[i], X + i * Cp); });
-    each(team, tiles, [&](int64_t t) { mean_logits(t); });
-    mean_softmax();
-    each(team, n, [&](int64_t i) { centre(i); });
-    float most = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const float bound = a[K - 1] * spread[i];
-      if (!(bound <= kNarrow)) return false;
-      most = bound > most ? bound : most;
+  void write(int64_t i, double at_label) const {
+    const float* const g = G + i * Cp;
+    if (job.carry) {
+      for (int64_t j = 0; j < Cp; j += W) store(job.carry + i * Cp + j, load<V>(g + j));
+      job.carry_label[i] = at_label;
+      return;
     }
-    by_tile(team, [&](int64_t t) { mean_tile(t); }, [&](int64_t i, int64_t t) { row_sums(i, t); });
+    write_row<float>(job, cluster.rows[i], [=](int64_t j) { return load<V>(g + j); });
+    write_entry<float>(job, cluster.rows[i], cluster.label, at_label);
+  }
+
+  // What follows the spread. False: outside the domains of the polynomials.
+  template <int kOrder>
+  bool finish(const Team& team, float most) {
+    by_tile(team, [&](int64_t t) { mean_tile(t); }, [&](int64_t i, int64_t t) { row_sums<kOrder>(i, t); });
     if (!finish_sums()) return false;
-    if (most <= kCollapsed) {
-      divergences<2>(team);
-    } else if (most <= kNarrowest) {
-      divergences<4>(team);
-    } else {
-      divergences<8>(team);
+    const auto prepare = [&](int64_t t) {
+      if (!kChain && slots == 1) mean_tile(t);
+    };
+    by_tile(
+        team, [&](int64_t t) { prepare(t), centroid<kOrder>(t); },
+        [&](int64_t i, int64_t t) { accumulate<kOrder>(i, t); });
+    if (kOrder == 8) {
       for (int64_t at = 0; at < n * K; ++at) {
         const float bound = off[at] < 0 ? -off[at] : off[at];
         if (bound > 0.2f) return false;
@@ -403,11 +419,33 @@ struct Narrow : Rows<float> {
       for (int64_t t = 0; t < tiles; ++t)
         if (!(widest[t] + most + 0.2f <= 1.5f)) return false;
     }
+    each(team, n, [&](int64_t i) { finish_row(i); });
+    if (!job.grad) return true;
+    double* const at_label = sum;  // (n): KL has been reported
+    for (int64_t i = 0; i < n; ++i) at_label[i] = label_entry(i);
+    if constexpr (!kChain) by_tile(team, prepare, [&](int64_t i, int64_t t) { subtract_mean<kOrder>(i, t); });
     each(team, n, [&](int64_t i) {
-      finish_row(i);
-      if (job.grad) write_gradient(i, label_entry(i));
+      if constexpr (kChain) subtract_powers(i);
+      write(i, at_label[i]);
     });
     return true;
+  }
+
+  // Returns 0, or how far |d| reaches where that is too far, with nothing written but what another pass will
+  // write again.
+  float run(const Team& team) {
+    each(team, n, [&](int64_t i) { load_row(job, cluster.rows[i], X + i * Cp); });
+    each(team, tiles, [&](int64_t t) { mean_logits(t); });
+    mean_softmax();
+    each(team, n, [&](int64_t i) { centre(i); });
+    float reach = 0;
+    for (int64_t i = 0; i < n; ++i) reach = spread[i] > reach ? spread[i] : reach;
+    const float most = a[K - 1] * reach;
+    const bool done = most <= kCollapsed   ? finish<2>(team, most)
+                      : most <= kNarrowest ? finish<4>(team, most)
+                      : most <= kNarrow    ? finish<8>(team, most)
+                                           : false;
+    return done ? 0 : reach > 0 ? reach : __builtin_inff();
   }
 };
 

@@ -39,9 +39,17 @@ struct Job {
   // wanted
   double* row_ce;   // (N) cross entropy of each row, weighted
   double* row_cmi;  // (N) sum_k w_k KL^k_i
-  double* kl;       // (N, K) KL^k_i in the caller's order of temperatures
-  void* grad;       // (N, C) contiguous; nullptr: not wanted
+  double* kl;       // (N, K of the call) KL^k_i in the caller's order of temperatures
+  int kl_stride;
+  void* grad;  // (N, C) contiguous; nullptr: not wanted
   Storage grad_storage;
+
+  // Of a cluster whose temperatures are computed in two parts: its rows' gradient from the first part, which
+  // the second one adds its own to. nullptr: one part, or the first.
+  const float* carried;         // (n, Cp), Cp as for float
+  const double* carried_label;  // (n) at the label
+  float* carry;                 // the same, where the first part writes them; nullptr: to grad
+  double* carry_label;
 };
 
 // The rows of one class, in the order they have in the batch.
@@ -58,10 +66,14 @@ struct Team {
   void (*run)(int64_t count, void (*fn)(void*, int64_t), void* arg);
 };
 
-// Scratch memory of one worker, grown on demand and kept between clusters.
-struct Workspace {
+// Scratch memory of one worker, grown on demand and kept between clusters: a pass over a cluster has one, and
+// what it leaves to the next pass another.
+struct Scratch {
   void* data = nullptr;
   int64_t bytes = 0;
+};
+struct Workspace {
+  Scratch pass, carry;
 };
 
 struct Variant {

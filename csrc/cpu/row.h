@@ -144,8 +144,14 @@ inline void subtract_smooth(const Job& job, const RowEntropy& e, T* g) {
     for (int64_t j = 0; j < job.classes; ++j) g[j] -= T(e.smooth * class_weight(job, j));
 }
 
+// What an earlier part of the temperatures left of the gradient of row i of the cluster
+template <class T>
+CMIM_INLINE Vec<T> carried_at(const Job& job, int64_t i, int64_t j) {
+  return Convert<T, float>::from(job.carried + i * round_up(job.classes, Simd<float>::width) + j);
+}
+
 // Grows the workspace to hold `bytes` and returns it, aligned to a cache line.
-inline char* reserve(Workspace& ws, int64_t bytes) {
+inline char* reserve(Scratch& ws, int64_t bytes) {
   if (bytes > ws.bytes) {
     __builtin_free(ws.data);
     ws.bytes = round_up(bytes + bytes / 4, 64);
@@ -193,7 +199,7 @@ void entropy_row(const Job& job, const Cluster& cluster, int64_t i, Workspace& w
     return;
   }
   const int64_t Cp = round_up(job.classes, W);
-  T* const x = reinterpret_cast<T*>(reserve(ws, Cp * int64_t(sizeof(T))));
+  T* const x = reinterpret_cast<T*>(reserve(ws.pass, Cp * int64_t(sizeof(T))));
   const T* const z = row_values(job, row, x);
   const T top = largest(z, job.classes);
   V e_sum{};
@@ -210,10 +216,11 @@ void entropy_row(const Job& job, const Cluster& cluster, int64_t i, Workspace& w
   if (!job.grad) return;
   const RowEntropy e = row_entropy(job, row, label);
   const T scale = T(e.probability / sum);
-  const double at_label =
-      e.probability * (double(x[label]) / sum) - e.one_hot - e.smooth * class_weight(job, label);
-  if (e.smooth != 0) {
-    for (int64_t j = 0; j < Cp; j += W) store(x + j, load<V>(x + j) * scale);
+  const double at_label = e.probability * (double(x[label]) / sum) - e.one_hot -
+                          e.smooth * class_weight(job, label) + (job.carried ? job.carried_label[i] : 0);
+  if (e.smooth != 0 || job.carried) {
+    for (int64_t j = 0; j < Cp; j += W)
+      store(x + j, load<V>(x + j) * scale + (job.carried ? carried_at<T>(job, i, j) : V{}));
     subtract_smooth(job, e, x);
     write_row<T>(job, row, [&](int64_t j) { return load<V>(x + j); });
   } else {

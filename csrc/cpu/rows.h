@@ -146,14 +146,8 @@ struct Rows {
   T* r_ce;        // (n) the softmax at temperature 1 is r_ce exp(X)
   T* one;         // (n, Cp) exp(X), where a term of its own; centred: (Cp) of the centre
 
-  Rows(const Job& j, const Cluster& cl)
-      : job(j),
-        cluster(cl),
-        n(cl.count),
-        C(j.classes),
-        Cp(round_up(C, W)),
-        K(j.temperatures),
-        source(choose(j, cl)) {
+  Rows(const Job& j, const Cluster& cl, Source from)
+      : job(j), cluster(cl), n(cl.count), C(j.classes), Cp(round_up(C, W)), K(j.temperatures), source(from) {
     const int64_t vectors = kTileBytes / (n * kVectorBytes * (source == Source::stored ? K : 2));
     cols = W * kTileVectors;
     while (cols > W * kTileVectors / 4 && cols > W * vectors) cols /= 2;
@@ -161,18 +155,6 @@ struct Rows {
     tiles = (Cp + cols - 1) / cols;
   }
 
-  static Source choose(const Job& j, const Cluster& cl) {
-    if (j.power0 > 0) return Source::chain;
-    return cl.count * j.classes * j.temperatures * int64_t(sizeof(T)) <= kStoredBytes ? Source::stored
-                                                                                      : Source::direct;
-  }
-  // f(the source as a constant)
-  template <class F>
-  CMIM_INLINE auto with_source(F&& f) {
-    if (source == Source::chain) return f(std::integral_constant<Source, Source::chain>{});
-    if (source == Source::stored) return f(std::integral_constant<Source, Source::stored>{});
-    return f(std::integral_constant<Source, Source::direct>{});
-  }
   // where exponentials are read from: row i, temperature k0, to which column() is added; between temperatures
   // it is `cols` where they are stored
   template <Source kSource>
@@ -245,10 +227,10 @@ struct Rows {
     if (job.row_cmi) {
       double total = 0;
       for (int k = 0; k < K; ++k) total += job.w[k] * kl[k];
-      job.row_cmi[at] = total;
+      job.row_cmi[at] = job.carried ? job.row_cmi[at] + total : total;
     }
     if (job.kl)
-      for (int k = 0; k < K; ++k) job.kl[at * K + job.order[k]] = kl[k];
+      for (int k = 0; k < K; ++k) job.kl[at * job.kl_stride + job.order[k]] = kl[k];
   }
 };
 

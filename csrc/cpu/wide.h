@@ -58,11 +58,23 @@ struct Wide : Rows<T> {
   T* one;                    // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
 
   Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws)
-      : Base(j, cl), slots(whole ? tiles : 1), label(j, cl) {
+      : Base(j, cl, choose(j, cl)), slots(whole ? tiles : 1), label(j, cl) {
     typename Base::Layout layout{0};
     place(layout);
-    layout.at = reinterpret_cast<int64_t>(reserve(ws, layout.at));
+    layout.at = reinterpret_cast<int64_t>(reserve(ws.pass, layout.at));
     place(layout);
+  }
+  static Source choose(const Job& j, const Cluster& cl) {
+    if (j.power0 > 0) return Source::chain;
+    return cl.count * j.classes * j.temperatures * int64_t(sizeof(T)) <= kStoredBytes ? Source::stored
+                                                                                      : Source::direct;
+  }
+  // f(the source as a constant)
+  template <class F>
+  CMIM_INLINE auto with_source(F&& f) {
+    if (source == Source::chain) return f(std::integral_constant<Source, Source::chain>{});
+    if (source == Source::stored) return f(std::integral_constant<Source, Source::stored>{});
+    return f(std::integral_constant<Source, Source::direct>{});
   }
   void place(typename Base::Layout& layout) {
     Base::place(layout);
@@ -401,7 +413,7 @@ struct Wide : Rows<T> {
   void write(int64_t i) {
     const int64_t row = cluster.rows[i];
     const RowEntropy e = row_entropy(job, row, cluster.label);
-    const bool own_ce = this->own_ce();
+    const bool own_ce = this->own_ce(), carried = job.carried;
     const T soft = job.has_ce ? T(e.probability) * r_ce[i] : T(0);
     if (job.has_ce && !own_ce) q[i * K + job.ce_index] -= soft;
     T* const g = G + i * Cp;
@@ -433,6 +445,7 @@ struct Wide : Rows<T> {
           v -= sum_pairs<T, kPairs>(part);
         }
         if (last && own_ce) v += soft * load<V>(at_one + j);
+        if (last && carried) v += carried_at<T>(job, i, j);
         return v;
       };
       if (last)
@@ -440,7 +453,7 @@ struct Wide : Rows<T> {
       else
         for (int64_t j = 0; j < Cp; j += W) store(g + j, value(j));
     });
-    write_entry<T>(job, row, cluster.label, label.entry(i));
+    write_entry<T>(job, row, cluster.label, label.entry(i) + (carried ? job.carried_label[i] : 0));
   }
 
   // Returns false, with no gradient written, when the cluster has to be done again in double.

@@ -1,0 +1,90 @@
+// Which of a cluster's temperatures are computed centred. At a high temperature the softmax outputs of rows
+// that differ are still close to each other, closer than float resolves uncentred, while those of a low
+// temperature are too far apart to be centred: such a cluster is computed in two parts. A guess from two
+// rows: a wrong one costs time, and nothing else, since both forms find out what they cannot do.
+#pragma once
+
+#include "narrow.h"
+#include "wide.h"
+
+namespace cmim::cpu {
+namespace {  // a copy for each variant: see problem.h
+
+constexpr double kMargin = 1.25;  // how much closer than float resolves a guess may be
+constexpr int kSampled = 4;       // vectors of one row, for the probability that is not the label's
+
+// What two of a cluster's rows tell: how far |d| may reach, and the mean of d^2.
+struct Spread {
+  float half_width;
+  double variance;
+};
+inline Spread spread_of(const float* first, const float* last, int64_t C) {
+  using V = Vec<float>;
+  constexpr int W = Simd<float>::width;
+  V lo = splat(__builtin_inff()), hi = -lo, count{}, sum{}, squares{};
+  each_vector(last, C, [&](int64_t j, V z) CMIM_INLINE_LAMBDA {
+    const V y = j + W <= C ? load<V>(first + j) : load_tail<float, float>(first + j, C - j);
+    const V d = z - y;  // NaN where both are masked, or beyond the last class
+    lo = d < lo ? d : lo, hi = d > hi ? d : hi;
+    const V known = d == d ? d : V{};
+    count += d == d ? splat(1.0f) : V{};
+    sum += known, squares += known * known;
+  });
+  const double number = double(sum_lanes<float>(count)), mean = double(sum_lanes<float>(sum)) / number;
+  const double variance = double(sum_lanes<float>(squares)) / number - mean * mean;
+  return {(max_lanes<float>(hi) + max_lanes<float>(-lo)) / 2, variance / 2};
+}
+
+// About 1 - p at the label, of one row at one temperature
+inline double rest_of(const float* z, int64_t C, int64_t label, float a) {
+  using V = Vec<float>;
+  constexpr int W = Simd<float>::width;
+  if (C < kSampled * W) return 1;
+  V sum{};
+  for (int s = 0; s < kSampled; ++s) {
+    const V below = load<V>(z + s * (C / kSampled)) - z[label];
+    sum += below == 0.0f ? V{} : exp_nonpositive(at_least(-at_least(-a * below, -80.0f), kVanishes<float>));
+  }
+  const double others = double(sum_lanes<float>(sum)) * double(C) / (kSampled * W);
+  return others / (1 + others);
+}
+
+// The temperatures [0, .) are better centred. reach: of |d| where that is known, else 0.
+inline int centred_temperatures(const Job& job, const Cluster& cluster, float reach, Workspace& ws) {
+  if (job.storage == Storage::f64 || job.centroids || job.upstream) return 0;
+  const int64_t n = cluster.count, C = job.classes, Cp = round_up(C, Simd<float>::width);
+  float* const x = reinterpret_cast<float*>(reserve(ws.pass, 2 * Cp * int64_t(sizeof(float))));
+  const float* const first = row_values(job, cluster.rows[0], x);
+  const float* const last = row_values(job, cluster.rows[n - 1], x + Cp);
+  const Spread spread = spread_of(first, last, C);
+  const int K = job.temperatures;
+  // of n rows, some reach further than two
+  if (reach == 0) reach = spread.half_width * (n > 2 ? 1.2f : 1.0f);
+  const auto narrow = [&](int k) { return float(job.a[k]) * reach <= kNarrow; };
+  if (!narrow(0)) return 0;
+  // the chain of expm1 makes all of them cheaper than two parts
+  if (job.power0 > 0 && narrow(K - 1)) return K;
+  for (int k = K - 1; k >= 0; --k) {
+    if (!narrow(k) || !(job.kl || job.w[k] != 0)) continue;
+    const double ratio = job.a[k] * job.a[k] * spread.variance / 2 * (1 - 1 / double(n));
+    if (ratio < kMargin * kRedoBelowRest &&
+        (ratio < kMargin * kRedoBelow ||
+         ratio * rest_of(first, C, cluster.label, float(job.a[k])) < kMargin * kRedoBelow))
+      return k + 1;
+  }
+  return 0;
+}
+
+// The temperatures [begin, end) of a job by themselves
+inline Job part(const Job& job, int begin, int end) {
+  Job of = job;
+  of.temperatures = end - begin;
+  of.a += begin, of.w += begin, of.coeff += begin, of.order += begin;
+  if (of.multiple) of.multiple += begin;
+  if (of.power0 > 0) of.power0 += begin;
+  of.ce_index = job.ce_index >= begin && job.ce_index < end ? job.ce_index - begin : -1;
+  return of;
+}
+
+}  // namespace
+}  // namespace cmim::cpu
