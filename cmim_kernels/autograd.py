@@ -7,6 +7,7 @@ exact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,10 @@ from .reference import MEAN, SUM, reference_loss
 Numbers = tuple[float, float, float, int, int]
 
 _WITH_ONE_UPSTREAM = (MEAN, SUM)
-_WITHOUT_ROUNDING = (torch.float32, torch.float64)
+# The gradient of these is kept in their own dtype: those that are not rounded at all, and bfloat16, which is
+# rounded where it is computed. The upstream gradient is nearly always a power of two (one, a loss scale, one
+# part of two, four, ...), by which a multiplication does not round again: bfloat16 has float32's exponents.
+_KEPT_IN_THEIR_DTYPE = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def needs_reference() -> bool:
@@ -49,7 +53,7 @@ def differentiable_loss(
     if (
         backend.SAVED_IS_GRADIENT
         and numbers[4] in _WITH_ONE_UPSTREAM
-        and logits.dtype in _WITHOUT_ROUNDING
+        and logits.dtype in _KEPT_IN_THEIR_DTYPE
         and not torch.compiler.is_compiling()
     ):
         value = _apply_owned(logits, target, class_weight, centroids, call)
@@ -86,8 +90,16 @@ class _OwnedLoss(torch.autograd.Function):
             saved = grad.new_empty(0) if gradient is None else gradient
             gradient = ctx.call[0].loss_backward(grad, saved, *_arguments(ctx.saved_tensors, ctx.call))
         elif not (grad.is_cpu and grad.item() == 1.0):
-            gradient.mul_(grad)
+            if gradient.dtype != torch.bfloat16 or _scales_exactly(grad):
+                gradient.mul_(grad)
+            else:
+                gradient = ctx.call[0].loss_backward(grad, gradient, *_arguments(ctx.saved_tensors, ctx.call))
         return gradient, None, None, None, None
+
+
+def _scales_exactly(grad: Tensor) -> bool:
+    """Whether a multiplication by this number rounds nothing but what becomes subnormal."""
+    return abs(math.frexp(grad.item())[0]) == 0.5
 
 
 # Function.apply but for its care for the transforms of torch.func, which do not get here: 2 us of 40.

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -49,6 +50,10 @@ Storage storage_of(const Tensor& t, const char* name) {
 
 ScalarType compute_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+ScalarType saved_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : compute_type(logits);
 }
 
 const void* table(const std::optional<Tensor>& t, const Tensor& logits, int64_t count, const char* name) {
@@ -106,12 +111,20 @@ Doubles values_of(const Tensor& t) {
   return values;
 }
 
+// Whether a multiplication by it does not round, but for what becomes subnormal
+bool scales_exactly(double upstream) {
+  int exponent;
+  return std::fabs(std::frexp(upstream, &exponent)) == 0.5;
+}
+
 Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType type) {
   return torch::stable::new_empty(like, size, type);
 }
 
-// saved is the gradient for an upstream gradient of one, in the compute type: while a cluster's exponentials
-// are at hand its gradient costs little more, and backward is left with one multiplication.
+// saved is the gradient for an upstream gradient of one: while a cluster's exponentials are at hand its
+// gradient costs little more, and backward is left with one multiplication. It is in the compute type, so
+// that the one rounding comes last; for bfloat16, whose exponents are those of float, in bfloat16, since a
+// multiplication by a power of two does not round, and any other is done from the start.
 std::tuple<Tensor, Tensor> loss(Tensor logits, Tensor target, Doubles a, Doubles w,
                                 std::optional<Tensor> class_weight, std::optional<Tensor> centroids,
                                 double ce_weight, double cmi_weight, double label_smoothing,
@@ -119,8 +132,8 @@ std::tuple<Tensor, Tensor> loss(Tensor logits, Tensor target, Doubles a, Doubles
   const Request q = request(logits, target, a, w, class_weight, centroids, ce_weight, cmi_weight,
                             label_smoothing, ignore_index, reduction);
   const bool scalar = q.reduction == Reduction::mean || q.reduction == Reduction::sum;
-  const ScalarType type = compute_type(logits);
-  Tensor saved = save && scalar ? empty(logits, {q.rows, q.classes}, type) : empty(logits, {0}, type);
+  const ScalarType type = compute_type(logits), kept = saved_type(logits);
+  Tensor saved = save && scalar ? empty(logits, {q.rows, q.classes}, kept) : empty(logits, {0}, kept);
   Doubles values;
   cmim::cpu::forward(q, pool(), values, save && scalar ? saved.mutable_data_ptr() : nullptr,
                      storage_of(saved, "saved"));
@@ -146,9 +159,10 @@ Tensor loss_backward(Tensor grad, Tensor saved, Tensor logits, Tensor target, Do
   STD_TORCH_CHECK(int64_t(upstream.size()) == expected, "grad: expected ", expected, " elements");
   Tensor out = empty(logits, {q.rows, q.classes}, logits.scalar_type());
   if (expected == 1 && q.reduction != Reduction::none && q.reduction != Reduction::spectrum &&
-      saved.numel() > 0) {
-    STD_TORCH_CHECK(saved.numel() == out.numel() && saved.is_contiguous() && saved.scalar_type() == type,
-                    "saved: expected what the forward operator returned");
+      saved.numel() > 0 && (saved.scalar_type() == type || scales_exactly(upstream[0]))) {
+    STD_TORCH_CHECK(
+        saved.numel() == out.numel() && saved.is_contiguous() && saved.scalar_type() == saved_type(logits),
+        "saved: expected what the forward operator returned");
     cmim::cpu::scale(saved.const_data_ptr(), storage_of(saved, "saved"), upstream[0], out.mutable_data_ptr(),
                      q.storage, out.numel(), pool());
   } else {

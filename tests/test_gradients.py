@@ -220,3 +220,22 @@ class TestFormulas:
             logits, member, upstream, cmi_weight=0.0, weight=v, label_smoothing=smoothing, reduction="none"
         )
         torch.testing.assert_close(got, expected * upstream[:, None])
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.25, -65536.0, 0.3, 0.0])
+@pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
+def test_bfloat16_is_rounded_once(place: Place, upstream: float, again: bool) -> None:
+    """Whatever the upstream gradient: half a unit in the last place, and what float32 itself errs."""
+    logits, target = regime("random").make(torch.bfloat16, place.device)
+    leaf = logits.requires_grad_()
+    value = ck.fused_cmi_loss(leaf, target, backend=place.name)
+    grad = torch.full_like(value, upstream)
+    if again:
+        torch.autograd.grad(value, leaf, grad, retain_graph=True)
+    (result,) = torch.autograd.grad(value, leaf, grad)
+    wide = logits.detach().float().requires_grad_()
+    (exact,) = torch.autograd.grad(ck.fused_cmi_loss(wide, target, backend="reference"), wide, grad)
+    half_a_unit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 9)
+    error = (result.float() - exact).abs()
+    assert (error <= half_a_unit + 1e-5 * exact.abs() + 1e-9 * abs(upstream)).all()
+    assert result.dtype == torch.bfloat16

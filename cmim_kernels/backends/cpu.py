@@ -1,7 +1,7 @@
 """The C++ kernels for CPU tensors: the compiled library `cmim_kernels/_cpu*.so`, built from `csrc/`.
 
-With reduction mean and sum, `saved` is the gradient for an upstream gradient of one, (N, C) in the compute
-dtype: while the exponentials of a cluster are at hand, its gradient costs little more. Else it is empty.
+With reduction mean and sum, `saved` is the gradient for an upstream gradient of one, (N, C) in `saved_dtype`:
+while the exponentials of a cluster are at hand, its gradient costs little more. Else it is empty.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ def saved_shape(logits: Tensor, temperatures: int, reduction: int, save: bool) -
     return tuple(logits.shape) if save and reduction in (MEAN, SUM) else (0,)
 
 
+def saved_dtype(logits: Tensor) -> torch.dtype:
+    """The compute dtype, so that the one rounding comes last; bfloat16 is kept as it is, see `autograd`."""
+    return torch.bfloat16 if logits.dtype == torch.bfloat16 else _compute_dtype(logits)
+
+
 def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
@@ -67,7 +72,8 @@ def _fake_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     shape = {NONE: logits.shape[:1], SPECTRUM: (k,)}.get(reduction, ())
     backend = import_module(f"{__package__}.{'cuda' if logits.is_cuda else 'cpu'}")
     dtype = _compute_dtype(logits)
-    saved = logits.new_empty(backend.saved_shape(logits, k, reduction, save), dtype=dtype)
+    kept = dtype if logits.is_cuda else saved_dtype(logits)
+    saved = logits.new_empty(backend.saved_shape(logits, k, reduction, save), dtype=kept)
     return logits.new_empty(shape, dtype=dtype), saved
 
 

@@ -91,23 +91,24 @@ void entropy(const Job& job, const Cluster& cl, Workspace& ws) {
   }
 }
 
-template <class T, class S>
+template <class T, class From, class To>
 void scale_as(const void* saved, double grad, void* out, int64_t count) {
-  const T* from = static_cast<const T*>(saved);
-  S* to = static_cast<S*>(out);
+  const From* from = static_cast<const From*>(saved);
+  To* to = static_cast<To*>(out);
   constexpr int W = Simd<T>::width;
   const T g = T(grad);
   int64_t i = 0;
-  for (; i + W <= count; i += W) Convert<T, S>::to(to + i, load<Vec<T>>(from + i) * g);
-  if (i < count) store_tail<T, S>(to + i, load_tail<T, T>(from + i, count - i) * g, count - i);
+  for (; i + W <= count; i += W) Convert<T, To>::to(to + i, Convert<T, From>::from(from + i) * g);
+  if (i < count) store_tail<T, To>(to + i, load_tail<T, From>(from + i, count - i) * g, count - i);
 }
 
 void scale(const void* saved, Storage saved_storage, double grad, void* out, Storage out_storage,
            int64_t count) {
-  if (saved_storage == Storage::f64) return scale_as<double, double>(saved, grad, out, count);
+  if (saved_storage == Storage::f64) return scale_as<double, double, double>(saved, grad, out, count);
+  if (saved_storage == Storage::bf16) return scale_as<float, Bf16, Bf16>(saved, grad, out, count);
   with_storage(out_storage, [&](auto tag) {
-    using S = decltype(tag);
-    if constexpr (sizeof(S) <= 4) scale_as<float, S>(saved, grad, out, count);
+    using To = decltype(tag);
+    if constexpr (sizeof(To) <= 4) scale_as<float, float, To>(saved, grad, out, count);
   });
 }
 
