@@ -12,7 +12,7 @@
 // - max zbar)).
 #pragma once
 
-#include "rows.h"
+#include "centre.h"
 
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
@@ -21,29 +21,25 @@ namespace {  // a copy for each variant: see problem.h
 // psi_ratio<2> and <4> for the first two; for the third the domain of psi_ratio<8> is checked.
 constexpr float kCollapsed = 0.005f, kNarrowest = 0.07f, kNarrow = 1.0f;
 
-// kSource: chain, where the a_k are consecutive multiples of a base, or direct
 template <Source kSource>
-struct Narrow : Rows<float> {
-  using V = Vec<float>;
-  static constexpr bool kChain = kSource == Source::chain;
+struct Narrow : Centre<kSource> {
+  using Base = Centre<kSource>;
+  using Base::a, Base::C, Base::center, Base::cluster, Base::cols, Base::Cp, Base::c, Base::E, Base::ebar;
+  using Base::inv_sbar, Base::job, Base::K, Base::kChain, Base::kStride, Base::n, Base::one, Base::one_sum;
+  using Base::q, Base::r, Base::r_ce, Base::sbar, Base::shift, Base::spread, Base::tiles, Base::top, Base::X;
+  using typename Base::Layout, typename Base::V;
+  static constexpr int W = Base::W;
 
-  int64_t slots;                  // how many tiles pbar and L hold at a time
-  float* G;                       // (n, Cp) the gradient as far as it has come
-  float* one;                     // (Cp) exp(zbar - max)
-  float *center, *ebar, *weight;  // (Cp) zbar; exp(base (zbar - max)); softmax(a_K zbar)
-  double* sbar;                   // (K) sum_j ebar^(p + k)
-  float *inv_sbar, *m;            // (K) its inverse; mean of s / (1 + s)
-  float *mix, *off;               // (n, K) 1 / (n (1 + s)); log1p(s), before that s
-  float *shift, *spread;          // (n) the row's constant; its largest |d|
-  float* widest;                  // (tiles) bounds of log1p(vbar)
-  V* acc;                         // (n, K) sums in lanes: for s, then for KL
-  double* sum;                    // (n, K)
-  float *pbar, *L;                // (slots, K, kStride) Pbar; log1p(vbar)
-  double one_sum = 0;
-  float top = 0;  // max zbar
+  int64_t slots;     // how many tiles pbar and L hold at a time
+  float* G;          // (n, Cp) the gradient as far as it has come
+  float* m;          // (K) mean of s / (1 + s)
+  float *mix, *off;  // (n, K) 1 / (n (1 + s)); log1p(s), before that s
+  float* widest;     // (tiles) bounds of log1p(vbar)
+  V* acc;            // (n, K) sums in lanes: for s, then for KL
+  double* sum;       // (n, K)
+  float *pbar, *L;   // (slots, K, kStride) Pbar; log1p(vbar)
 
-  Narrow(const Job& j, const Cluster& cl, bool whole, Workspace& ws)
-      : Rows(j, cl, kSource), slots(whole ? tiles : 1) {
+  Narrow(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl), slots(whole ? tiles : 1) {
     Layout layout{0};
     place(layout);
     layout.at = reinterpret_cast<int64_t>(reserve(ws.pass, layout.at));
@@ -51,103 +47,17 @@ struct Narrow : Rows<float> {
     for (int k = 0; k < K; ++k) a[k] = float(job.a[k]);
   }
   void place(Layout& layout) {
-    Rows::place(layout);
+    Base::place(layout);
     layout.take(G, n * Cp);
-    layout.take(one, job.has_ce ? Cp : 0);
-    layout.take(center, Cp), layout.take(ebar, Cp), layout.take(weight, Cp);
-    layout.take(sbar, K), layout.take(inv_sbar, K), layout.take(m, K);
-    layout.take(mix, n * K), layout.take(off, n * K + W), layout.take(shift, n), layout.take(spread, n);
+    layout.take(m, K), layout.take(mix, n * K), layout.take(off, n * K + W);
     layout.take(widest, tiles), layout.take(acc, n * K), layout.take(sum, n * K);
     layout.take(pbar, slots * K * kStride), layout.take(L, slots * K * kStride);
   }
-
-  // zbar, -inf where a class is masked throughout; z itself, to the bit, where all rows agree
-  void mean_logits(int64_t tile) {
-    const float scale = 1.0f / float(n);
-    for (int64_t j = tile * cols; j < Cp && j < (tile + 1) * cols; j += W) {
-      const V first = load<V>(X + j);
-      V total{};
-      for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
-        V part{};
-        for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
-          const V z = load<V>(X + i * Cp + j);
-          part += z == first ? V{} : z - first;
-        }
-        total += part;
-      }
-      store(center + j, first + total * scale);
-    }
+  void clear_sums(int64_t i) {
+    for (int64_t at = i * K; at < (i + 1) * K; ++at) acc[at] = V{}, sum[at] = 0;
   }
 
   int64_t slot_of(int64_t tile) const { return slots == 1 ? 0 : tile; }
-
-  void mean_softmax() {
-    V highest = splat(-__builtin_inff());
-    for (int64_t j = 0; j < Cp; j += W) highest = vmax<float>(load<V>(center + j), highest);
-    top = max_lanes<float>(highest);
-    const float base = float(job.base);
-    for (int k = 0; k < K; ++k) sbar[k] = 0;
-    if constexpr (kChain)
-      for (int64_t j = 0; j < Cp; j += W)
-        store(ebar + j, exp_nonpositive(at_least(base * (load<V>(center + j) - top), kVanishes<float>)));
-    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(chunk)::value;
-      for (int64_t j0 = 0; j0 < Cp; j0 += kFlushVectors * W) {
-        V s[N] = {};
-        for (int64_t j = j0; j < Cp && j < j0 + kFlushVectors * W; j += W)
-          each_mean<N>(k0, j, [&](int k, V e) CMIM_INLINE_LAMBDA { s[k] += e; });
-        add_lanes<float, N>(s, sbar + k0);
-      }
-    });
-    for (int k = 0; k < K; ++k) inv_sbar[k] = float(1 / sbar[k]);
-    if (job.has_ce)
-      one_sum = store_exponentials(one, Cp, [&](int64_t j) CMIM_INLINE_LAMBDA {
-        return at_least(load<V>(center + j) - top, kVanishes<float>);
-      });
-    for (int64_t j = 0; j < Cp; j += W)
-      each_mean<1>(K - 1, j, [&](int, V e) CMIM_INLINE_LAMBDA { store(weight + j, e * inv_sbar[K - 1]); });
-  }
-  // f(k, exp(a_k (zbar - max))) for one chunk
-  template <int N, class F>
-  CMIM_INLINE void each_mean(int k0, int64_t j, F&& f) const {
-    if constexpr (kChain) {
-      Exponentials<Source::chain, float> ex(ebar + j, 0, nullptr, job.power0 + k0);
-      for (int k = 0; k < N; ++k) f(k, ex.at(k));
-    } else {
-      const V below = load<V>(center + j) - top;
-      for (int k = 0; k < N; ++k) f(k, exp_nonpositive(at_least(a[k0 + k] * below, kVanishes<float>)));
-    }
-  }
-
-  // X from z to d, E to v_1
-  void centre(int64_t i) {
-    float* const x = X + i * Cp;
-    float* const v1 = E + i * Cp;
-    const float base = float(job.base);
-    V dot{}, high{};
-    for (int64_t j = 0; j < Cp; j += W) {
-      const V z = load<V>(x + j), c = load<V>(center + j);
-      const V d = z == c ? V{} : z - c;  // equal where a class is masked for the cluster: -inf less -inf
-      store(x + j, d);
-      dot += load<V>(weight + j) * d;
-      high = vmax<float>(magnitude(d), high);
-    }
-    const float constant = sum_lanes<float>(dot);
-    V wide{};
-    for (int64_t j = 0; j < Cp; j += W) {
-      const V d = load<V>(x + j) - constant;
-      store(x + j, d);
-      if constexpr (kChain) store(v1 + j, expm1_small(base * d));
-      wide = vmax<float>(magnitude(d), wide);
-    }
-    shift[i] = constant;
-    const float most = max_lanes<float>(wide);
-    // z - zbar was rounded in units of its own size: with large shifts between the rows nothing of d is left.
-    // A NaN in any d is one in the constant too.
-    const bool lost = max_lanes<float>(high) > 16 * most || constant != constant;
-    spread[i] = lost ? __builtin_inff() : most;
-    for (int64_t at = i * K; at < (i + 1) * K; ++at) acc[at] = V{}, sum[at] = 0;
-  }
 
   void mean_tile(int64_t tile) {
     const int64_t begin = tile * cols, slot = slot_of(tile);
@@ -155,28 +65,15 @@ struct Narrow : Rows<float> {
       constexpr int N = decltype(chunk)::value;
       float* const to = pbar + (slot * K + k0) * kStride - begin;
       for (int64_t j = begin; j < Cp && j < begin + cols; j += W) {
-        each_mean<N>(
+        this->template each_mean<N>(
             k0, j, [&](int k, V e) CMIM_INLINE_LAMBDA { store(to + k * kStride + j, e * inv_sbar[k0 + k]); });
       }
     });
   }
 
-  // v[k] = expm1(a_k d) of row i for one chunk. kOrder: of psi_ratio, which tells how small they are.
-  template <int N, int kOrder>
-  CMIM_INLINE void expm1_of(int64_t i, int k0, int64_t j, V (&v)[N]) const {
-    const V d = load<V>(X + i * Cp + j);
-    if constexpr (kChain) {
-      const V v1 = load<V>(E + i * Cp + j), e1 = v1 + 1.0f;
-      v[0] = job.power0 + k0 == 1 ? v1 : expm1_small<kOrder>(a[k0] * d);
-      for (int k = 1; k < N; ++k) v[k] = v[k - 1] * e1 + v1;
-    } else {
-      for (int k = 0; k < N; ++k) v[k] = expm1_small<kOrder>(a[k0 + k] * d);
-    }
-  }
-
   template <int kOrder>
   void row_sums(int64_t i, int64_t tile) {
-    const int64_t begin = tile * cols, end = end_of(tile), slot = slot_of(tile);
+    const int64_t begin = tile * cols, end = this->end_of(tile), slot = slot_of(tile);
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       const float* const from = pbar + (slot * K + k0) * kStride - begin;
@@ -184,7 +81,7 @@ struct Narrow : Rows<float> {
       for (int k = 0; k < N; ++k) s[k] = acc[i * K + k0 + k];
       for (int64_t j = begin; j < end; j += W) {
         V v[N];
-        expm1_of<N, kOrder>(i, k0, j, v);
+        this->template expm1_of<N, kOrder>(i, k0, j, v);
         for (int k = 0; k < N; ++k) s[k] += load<V>(from + k * kStride + j) * v[k];
       }
       for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = s[k];
@@ -221,8 +118,8 @@ struct Narrow : Rows<float> {
       double* const s = sum + i * K;
       const double s_ce = job.has_ce ? one_sum * (1 + s[job.ce_index]) : 0;
       for (int k = 0; k < K; ++k) s[k] = (kChain ? sbar[k] : 1.0) * (1 + s[k]);
-      set_row(i, s, s_ce, 1.0);
-      set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(top) + double(shift[i]));
+      this->set_row(i, s, s_ce, 1.0);
+      this->set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(top) + double(shift[i]));
       for (int k = 0; k < K; ++k) s[k] = 0;
     }
     for (int64_t at = 0; at < n * K; at += W) store(off + at, log1p_small(load<V>(off + at)));
@@ -231,7 +128,7 @@ struct Narrow : Rows<float> {
 
   template <int kOrder>
   void centroid(int64_t tile) {
-    const int64_t begin = tile * cols, end = end_of(tile), slot = slot_of(tile);
+    const int64_t begin = tile * cols, end = this->end_of(tile), slot = slot_of(tile);
     V lo{}, hi{};
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
@@ -244,7 +141,7 @@ struct Narrow : Rows<float> {
           V part[N] = {};
           for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
             V v[N];
-            expm1_of<N, kOrder>(i, k0, j, v);
+            this->template expm1_of<N, kOrder>(i, k0, j, v);
             for (int k = 0; k < N; ++k) part[k] += v[k] * mix[i * K + k0 + k];
           }
           for (int k = 0; k < N; ++k) mean[k] += part[k];
@@ -262,7 +159,7 @@ struct Narrow : Rows<float> {
 
   template <int kOrder>
   void accumulate(int64_t i, int64_t tile) {
-    const int64_t begin = tile * cols, end = end_of(tile), slot = slot_of(tile);
+    const int64_t begin = tile * cols, end = this->end_of(tile), slot = slot_of(tile);
     const float* const x = X + i * Cp;
     float *const e = E + i * Cp, *const g_to = G + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
@@ -288,7 +185,7 @@ struct Narrow : Rows<float> {
           Exponentials<Source::chain, float> ex(e + j, 0, nullptr, p);
           for (int k = 0; k < N; ++k) powers[k] = ex.at(k);
         } else {
-          expm1_of<N, kOrder>(i, k0, j, powers);
+          this->template expm1_of<N, kOrder>(i, k0, j, powers);
           for (int k = 0; k < N; ++k) {
             const V mean = load<V>(mean_of + k * kStride + j);
             powers[k] = powers[k] * mean + mean;
@@ -316,7 +213,7 @@ struct Narrow : Rows<float> {
       store_doubles<N>(q + i * K + k0, doubles<N>(c + i * K + k0) * value);
       store_doubles<N>(kl + k0, value);
     });
-    report(i, kl);
+    this->report(i, kl);
   }
 
   // The gradient at the label, before write_gradient changes anything
@@ -352,14 +249,14 @@ struct Narrow : Rows<float> {
   // G less sum_k q_k P_k / r_k, one tile: direct
   template <int kOrder>
   void subtract_mean(int64_t i, int64_t tile) {
-    const int64_t begin = tile * cols, end = end_of(tile), slot = slot_of(tile);
+    const int64_t begin = tile * cols, end = this->end_of(tile), slot = slot_of(tile);
     float* const g = G + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       const float* const mean_of = pbar + (slot * K + k0) * kStride - begin;
       for (int64_t j = begin; j < end; j += W) {
         V v[N], value = load<V>(g + j);
-        expm1_of<N, kOrder>(i, k0, j, v);
+        this->template expm1_of<N, kOrder>(i, k0, j, v);
         for (int k = 0; k < N; ++k) {
           const V mean = load<V>(mean_of + k * kStride + j);
           value -= q[i * K + k0 + k] * (v[k] * mean + mean);
@@ -403,12 +300,13 @@ struct Narrow : Rows<float> {
   // What follows the spread. False: outside the domains of the polynomials.
   template <int kOrder>
   bool finish(const Team& team, float most) {
-    by_tile(team, [&](int64_t t) { mean_tile(t); }, [&](int64_t i, int64_t t) { row_sums<kOrder>(i, t); });
+    this->by_tile(
+        team, [&](int64_t t) { mean_tile(t); }, [&](int64_t i, int64_t t) { row_sums<kOrder>(i, t); });
     if (!finish_sums()) return false;
     const auto prepare = [&](int64_t t) {
       if (!kChain && slots == 1) mean_tile(t);
     };
-    by_tile(
+    this->by_tile(
         team, [&](int64_t t) { prepare(t), centroid<kOrder>(t); },
         [&](int64_t i, int64_t t) { accumulate<kOrder>(i, t); });
     if (kOrder == 8) {
@@ -423,7 +321,8 @@ struct Narrow : Rows<float> {
     if (!job.grad) return true;
     double* const at_label = sum;  // (n): KL has been reported
     for (int64_t i = 0; i < n; ++i) at_label[i] = label_entry(i);
-    if constexpr (!kChain) by_tile(team, prepare, [&](int64_t i, int64_t t) { subtract_mean<kOrder>(i, t); });
+    if constexpr (!kChain)
+      this->by_tile(team, prepare, [&](int64_t i, int64_t t) { subtract_mean<kOrder>(i, t); });
     each(team, n, [&](int64_t i) {
       if constexpr (kChain) subtract_powers(i);
       write(i, at_label[i]);
@@ -435,9 +334,9 @@ struct Narrow : Rows<float> {
   // write again.
   float run(const Team& team) {
     each(team, n, [&](int64_t i) { load_row(job, cluster.rows[i], X + i * Cp); });
-    each(team, tiles, [&](int64_t t) { mean_logits(t); });
-    mean_softmax();
-    each(team, n, [&](int64_t i) { centre(i); });
+    each(team, tiles, [&](int64_t t) { this->mean_logits(t); });
+    this->mean_softmax();
+    each(team, n, [&](int64_t i) { this->centre(i), clear_sums(i); });
     float reach = 0;
     for (int64_t i = 0; i < n; ++i) reach = spread[i] > reach ? spread[i] : reach;
     const float most = a[K - 1] * reach;

@@ -13,26 +13,31 @@ namespace {  // a copy for each variant: see problem.h
 constexpr double kMargin = 1.25;  // how much closer than float resolves a guess may be
 constexpr int kSampled = 4;       // vectors of one row, for the probability that is not the label's
 
-// What two of a cluster's rows tell: how far |d| may reach, and the mean of d^2.
-struct Spread {
-  float half_width;
-  double variance;
-};
-inline Spread spread_of(const float* first, const float* last, int64_t C) {
-  using V = Vec<float>;
+// f(d, a vector of the differences of two rows: NaN where both are masked, or beyond the last class)
+template <class F>
+CMIM_INLINE void each_difference(const float* first, const float* last, int64_t C, F&& f) {
   constexpr int W = Simd<float>::width;
-  V lo = splat(__builtin_inff()), hi = -lo, count{}, sum{}, squares{};
-  each_vector(last, C, [&](int64_t j, V z) CMIM_INLINE_LAMBDA {
-    const V y = j + W <= C ? load<V>(first + j) : load_tail<float, float>(first + j, C - j);
-    const V d = z - y;  // NaN where both are masked, or beyond the last class
-    lo = d < lo ? d : lo, hi = d > hi ? d : hi;
-    const V known = d == d ? d : V{};
-    count += d == d ? splat(1.0f) : V{};
+  each_vector(last, C, [&](int64_t j, Vec<float> z) CMIM_INLINE_LAMBDA {
+    f(z - (j + W <= C ? load<Vec<float>>(first + j) : load_tail<float, float>(first + j, C - j)));
+  });
+}
+// How far two rows are from their mean at most, but for a constant
+inline float half_width(const float* first, const float* last, int64_t C) {
+  Vec<float> lo = splat(__builtin_inff()), hi = -lo;
+  each_difference(first, last, C,
+                  [&](Vec<float> d) CMIM_INLINE_LAMBDA { lo = d < lo ? d : lo, hi = d > hi ? d : hi; });
+  return (max_lanes<float>(hi) + max_lanes<float>(-lo)) / 2;
+}
+// The variance of one row's d, had from the differences of two
+inline double variance(const float* first, const float* last, int64_t C) {
+  Vec<float> count{}, sum{}, squares{};
+  each_difference(first, last, C, [&](Vec<float> d) CMIM_INLINE_LAMBDA {
+    const Vec<float> known = d == d ? d : Vec<float>{};
+    count += d == d ? splat(1.0f) : Vec<float>{};
     sum += known, squares += known * known;
   });
   const double number = double(sum_lanes<float>(count)), mean = double(sum_lanes<float>(sum)) / number;
-  const double variance = double(sum_lanes<float>(squares)) / number - mean * mean;
-  return {(max_lanes<float>(hi) + max_lanes<float>(-lo)) / 2, variance / 2};
+  return (double(sum_lanes<float>(squares)) / number - mean * mean) / 2;
 }
 
 // About 1 - p at the label, of one row at one temperature
@@ -56,17 +61,17 @@ inline int centred_temperatures(const Job& job, const Cluster& cluster, float re
   float* const x = reinterpret_cast<float*>(reserve(ws.pass, 2 * Cp * int64_t(sizeof(float))));
   const float* const first = row_values(job, cluster.rows[0], x);
   const float* const last = row_values(job, cluster.rows[n - 1], x + Cp);
-  const Spread spread = spread_of(first, last, C);
   const int K = job.temperatures;
   // of n rows, some reach further than two
-  if (reach == 0) reach = spread.half_width * (n > 2 ? 1.2f : 1.0f);
+  if (reach == 0) reach = half_width(first, last, C) * (n > 2 ? 1.2f : 1.0f);
   const auto narrow = [&](int k) { return float(job.a[k]) * reach <= kNarrow; };
   if (!narrow(0)) return 0;
   // the chain of expm1 makes all of them cheaper than two parts
   if (job.power0 > 0 && narrow(K - 1)) return K;
+  const double spread = variance(first, last, C);
   for (int k = K - 1; k >= 0; --k) {
     if (!narrow(k) || !(job.kl || job.w[k] != 0)) continue;
-    const double ratio = job.a[k] * job.a[k] * spread.variance / 2 * (1 - 1 / double(n));
+    const double ratio = job.a[k] * job.a[k] * spread / 2 * (1 - 1 / double(n));
     if (ratio < kMargin * kRedoBelowRest &&
         (ratio < kMargin * kRedoBelow ||
          ratio * rest_of(first, C, cluster.label, float(job.a[k])) < kMargin * kRedoBelow))

@@ -17,8 +17,7 @@
 // never cancels.
 #pragma once
 
-#include "label.h"
-#include "rows.h"
+#include "sums.h"
 
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
@@ -35,174 +34,46 @@ constexpr T kSmallestNormal = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
 // of its own, so that the path through the centroid does not cancel: t becomes h = g_i t - R/Q
 // (docs/math.md).
 template <class T, bool kGiven, bool kPerRow>
-struct Wide : Rows<T> {
-  using Base = Rows<T>;
-  using Base::a, Base::c, Base::C, Base::cluster, Base::Cp, Base::E, Base::job, Base::K, Base::q, Base::r;
-  using Base::cols, Base::kStride, Base::n, Base::r_ce, Base::source, Base::tiles, Base::W, Base::X;
+struct Wide : RowSums<T, kPerRow> {
+  using Base = RowSums<T, kPerRow>;
+  using Base::a, Base::c, Base::C, Base::cluster, Base::cols, Base::Cp, Base::job, Base::K, Base::kCareful;
+  using Base::kStride, Base::label, Base::mix, Base::mix_up, Base::n, Base::off, Base::one, Base::q, Base::r;
+  using Base::r_ce, Base::tiles, Base::up, Base::W, Base::X;
   using V = Vec<T>;
-  static constexpr bool kCareful = sizeof(T) == 8;
 
   int64_t slots;              // how many tiles L holds at a time
   V *h_acc, *kl_acc;          // (n, K) sums of P t and Q psi(t) in lanes
   double *h_sum, *kl_sum;     // (n, K)
-  double* off;                // (n, K) log S less its mean over the rows; in float, then KL
   double* excess;             // (K) sum_j Q - 1 of given centroids
   double *all_kl, *all_rest;  // (K) sums over the rows of KL and of 1 - p at the label
-  T *mix, *mix_up;            // (n, K) weight of the row's exponentials in Q, and in R
-  T *shift, *up;              // (K) mean of log S, in the base of the exponentials; (n) upstream gradient
-  T* tops;                    // (n) largest logit
-  LabelColumn<kPerRow, !kCareful> label;
-  T *log_label, *rho_label;  // (K) L and rho at the label
-  T *L, *Q, *rho;            // (slots, K, kStride)
-  T* G;                      // (n, Cp) the gradient as far as it has come
-  T* one;                    // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
+  T *log_label, *rho_label;   // (K) L and rho at the label
+  T *L, *Q, *rho;             // (slots, K, kStride)
+  T* G;                       // (n, Cp) the gradient as far as it has come
 
-  Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws)
-      : Base(j, cl, choose(j, cl)), slots(whole ? tiles : 1), label(j, cl) {
+  Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl), slots(whole ? tiles : 1) {
     typename Base::Layout layout{0};
     place(layout);
     layout.at = reinterpret_cast<int64_t>(reserve(ws.pass, layout.at));
     place(layout);
   }
-  static Source choose(const Job& j, const Cluster& cl) {
-    if (j.power0 > 0) return Source::chain;
-    return cl.count * j.classes * j.temperatures * int64_t(sizeof(T)) <= kStoredBytes ? Source::stored
-                                                                                      : Source::direct;
-  }
-  // f(the source as a constant)
-  template <class F>
-  CMIM_INLINE auto with_source(F&& f) {
-    if (source == Source::chain) return f(std::integral_constant<Source, Source::chain>{});
-    if (source == Source::stored) return f(std::integral_constant<Source, Source::stored>{});
-    return f(std::integral_constant<Source, Source::direct>{});
-  }
   void place(typename Base::Layout& layout) {
     Base::place(layout);
-    layout.take(G, job.grad ? n * Cp : 0), layout.take(one, this->own_ce() ? n * Cp : 0);
     layout.take(h_acc, n * K), layout.take(kl_acc, kCareful ? n * K : 0);
     layout.take(h_sum, n * K), layout.take(kl_sum, kCareful ? n * K : 0);
-    layout.take(off, n * K + Simd<double>::width);
     layout.take(excess, kGiven && !kCareful ? K : 0);
     layout.take(all_kl, kCareful ? 0 : K), layout.take(all_rest, kCareful ? 0 : K);
-    layout.take(mix, n * K), layout.take(mix_up, kPerRow ? n * K : 0);
-    layout.take(shift, K), layout.take(up, n), layout.take(tops, n);
-    if (needs_label()) label.place(layout);
     layout.take(log_label, kCareful ? K : 0), layout.take(rho_label, kPerRow ? K : 0);
-    layout.take(L, slots * K * kStride);
-    layout.take(Q, kCareful ? slots * K * kStride : 0);
+    layout.take(L, slots * K * kStride), layout.take(Q, kCareful ? slots * K * kStride : 0);
     layout.take(rho, kPerRow ? slots * K * kStride : 0);
+    layout.take(G, job.grad ? n * Cp : 0);
   }
-
-  bool needs_label() const { return job.grad || !kCareful; }
-  int64_t slot_of(int64_t tile) const { return slots == 1 ? 0 : tile; }
-
-  template <Source kSource>
-  void fill() {
-    constexpr double unit = kUnit<T, kSource>;
-    for (int k = 0; k < K; ++k)  // multiples stay multiples, as the powers are
-      a[k] = unit != 1 && job.multiple ? T(double(T(job.base * unit)) * job.multiple[k]) : T(job.a[k] * unit);
-    if (needs_label()) label.fill([&](int k) { return kCareful ? job.a[k] : double(a[k]) / unit; });
-  }
-
-  template <Source kSource>
-  void prepare(int64_t i) {
-    const int64_t row = cluster.rows[i], Cp = this->Cp;
-    constexpr double unit = kUnit<T, kSource>;
-    const T* const z = row_values(job, row, X + i * Cp);
-    const T top = largest(z, C), base = T(job.base * unit);
-    const T floor =
-        kVanishes<T> / T(this->own_ce() && job.a[0] > 1 ? 1.0 : job.a[0]);  // vanishes at every temperature
-    tops[i] = top;
-    T *const x = X + i * Cp, *const e = E + i * Cp;
-    each_vector(z, C, [=](int64_t j, V v) CMIM_INLINE_LAMBDA {
-      v = at_least(v - top, floor);
-      store(x + j, v);
-      if constexpr (kSource == Source::chain) store(e + j, exp_nonpositive(base * v));
-    });
-    if constexpr (!kCareful) {
-      x[cluster.label] = floor;
-      if constexpr (kSource == Source::chain) e[cluster.label] = 0;
-    }
-    double* const sums = off + i * K;           // its place until centre()
-    if constexpr (kSource == Source::stored) {  // here, so that one pass makes them and adds them up
-      if (job.multiple)
-        sum_exponentials<kSource>(i, sums, [=](const T* at, int k0) CMIM_INLINE_LAMBDA {
-          return Powers<T>(at, base, a + k0, job.multiple + k0);
-        });
-      else
-        sum_exponentials<kSource>(i, sums, [=](const T* at, int k0) CMIM_INLINE_LAMBDA {
-          return Exponentials<Source::direct, T>(at, 0, a + k0, 0);
-        });
-    } else {
-      sum_exponentials<kSource>(i, sums, [=](const T* at, int k0) CMIM_INLINE_LAMBDA {
-        return Exponentials<kSource, T>(at, 0, a + k0, job.power0 + k0);
-      });
-    }
-    double s_ce = job.has_ce && !this->own_ce() ? sums[job.ce_index] : 0;
-    if (this->own_ce())  // 1 is not one of the inverse temperatures
-      s_ce =
-          store_exponentials(one + i * Cp, Cp, [=](int64_t j) CMIM_INLINE_LAMBDA { return load<V>(x + j); });
-    const double upstream = job.upstream ? job.upstream[row] : 1.0;
-    if (needs_label()) label.set_row(i, double(top), double(floor), sums, s_ce);
-    this->set_row(i, sums, s_ce, (kPerRow ? 1.0 : upstream) / unit);
-    if (this->own_ce() || !job.has_ce)
-      this->set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(top));
-    up[i] = T(upstream);
+  void clear_sums(int64_t i) {
     for (int64_t at = i * K; at < (i + 1) * K; ++at) {
-      mix[at] = r[at] / T(n);
       h_acc[at] = V{}, h_sum[at] = 0;
-      if constexpr (kPerRow) mix_up[at] = mix[at] * up[i];
       if constexpr (kCareful) kl_acc[at] = V{}, kl_sum[at] = 0;
     }
   }
-
-  // sums[k] = S_k. make(place in E or X, k0) gives the exponentials of a chunk; stored ones are kept in E.
-  template <Source kSource, class F>
-  CMIM_INLINE void sum_exponentials(int64_t i, double* sums, F&& make) {
-    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(chunk)::value;
-      const T* const from = (kSource == Source::chain ? E : X) + i * Cp;
-      for (int k = 0; k < N; ++k) sums[k0 + k] = 0;
-      T* const keep = this->template place_of<kSource>(i, k0);
-      const int64_t between = cols, flush = cols * kFlushTiles;
-      for (int64_t j0 = 0; j0 < Cp; j0 += flush) {
-        V s[N] = {};
-        for (int64_t j = j0; j < Cp && j < j0 + flush; j += W) {
-          const int64_t at = this->template column<kSource>(j);
-          auto ex = make(from + j, k0);
-          for (int k = 0; k < N; ++k) {
-            const V e = ex.at(k);
-            s[k] += e;
-            if constexpr (kSource == Source::stored) store(keep + k * between + at, e);
-          }
-        }
-        add_lanes<T, N>(s, sums + k0);
-      }
-    });
-  }
-
-  // A multiple of the last place of log Q, so that adding it is exact: one rounding in every column alike
-  // would not average out.
-  static double on_grid(double shift) {
-    constexpr double kSpacing = 0x1p-16;  // of floats up to 256
-    return __builtin_rint(shift / kSpacing) * kSpacing;
-  }
-
-  // off holds S; it becomes the deviation of log S from its mean over the cluster
-  template <Source kSource>
-  void centre() {
-    for (int64_t at = 0; at < n * K; at += Simd<double>::width)
-      store(off + at, log_positive(load<Vec<double>>(off + at)));
-    if (job.has_ce && job.ce_index >= 0)
-      for (int64_t i = 0; i < n; ++i) this->set_entropy(i, off[i * K + job.ce_index], double(tops[i]));
-    for (int k = 0; k < K; ++k) {
-      double mean = 0;
-      for (int64_t i = 0; i < n; ++i) mean += off[i * K + k];
-      constexpr double unit = kUnit<T, kSource>;
-      shift[k] = T(kCareful ? mean / double(n) : on_grid(mean * unit / double(n)));
-      for (int64_t i = 0; i < n; ++i) off[i * K + k] -= double(shift[k]) / unit;
-    }
-  }
+  int64_t slot_of(int64_t tile) const { return slots == 1 ? 0 : tile; }
 
   template <Source kSource>
   void centroid(int64_t tile) {
@@ -351,7 +222,7 @@ struct Wide : Rows<T> {
       label.finish(off, log_label, rho_label);
     else
       label.template finish<kGiven>(
-          off, [&](int k) { return double(shift[k]) / kUnit<T, kSource>; },
+          off, [&](int k) { return double(this->shift[k]) / kUnit<T, kSource>; },
           [&](int k) {
             return entry(job, job.centroids, (int64_t(job.order[k]) * C + cluster.label) * C + cluster.label);
           });
@@ -459,13 +330,13 @@ struct Wide : Rows<T> {
   // Returns false, with no gradient written, when the cluster has to be done again in double.
   template <Source kSource>
   bool run(const Team& team) {
-    fill<kSource>();
-    each(team, n, [&](int64_t i) { prepare<kSource>(i); });
-    centre<kSource>();
+    this->template fill<kSource>();
+    each(team, n, [&](int64_t i) { this->template prepare<kSource>(i), clear_sums(i); });
+    this->template centre<kSource>();
     this->by_tile(
         team, [&](int64_t t) { centroid<kSource>(t); },
         [&](int64_t i, int64_t t) { accumulate<kSource>(i, t); });
-    if (needs_label()) finish_label<kSource>();
+    if (this->needs_label()) finish_label<kSource>();
     if (!divergences<kSource>()) return false;
     each(team, n, [&](int64_t i) {
       this->report(i, (kCareful ? kl_sum : off) + i * K);
