@@ -149,7 +149,7 @@ alignas(64) constexpr float kMinusLog[32] = {
     0.0f,
 };
 template <bool kBits = false>
-CMIM_INLINE Vec<float> log_positive(Vec<float> x) {
+CMIM_INLINE Vec<float> log_positive(Vec<float> x, float offset = 0) {
   const __m512i bin = _mm512_maskz_srli_epi32(kAll, bits<__m512i>(x), 18);  // the lowest five bits count
   const Vec<float> c =
       _mm512_permutex2var_ps(load<Vec<float>>(kNearInverse), bin, load<Vec<float>>(kNearInverse + 16));
@@ -161,11 +161,12 @@ CMIM_INLINE Vec<float> log_positive(Vec<float> x) {
   Vec<float> p = r * -0x1.f3ac00p-3f + 0x1.555dfcp-2f;
   p = p * r - 0x1.000028p-1f;
   const Vec<float> rest = l + (p * (r * r) + r);
-  return kBits ? rest * float(kLog2<float>) + e : e * 0x1.62e430p-1f + rest;
+  if constexpr (kBits) return rest * float(kLog2<float>) + (e + offset);
+  return (e * 0x1.62e4p-1f + offset) + (e * 0x1.7f7d1cp-20f + rest);
 }
 #else
 template <bool kBits = false>
-CMIM_INLINE Vec<float> log_positive(Vec<float> x) {
+CMIM_INLINE Vec<float> log_positive(Vec<float> x, float offset = 0) {
   const Int<float> ix = bits<Int<float>>(bits<Unsigned<float>>(x) - 0x3f3504f3u);  // 1/sqrt(2)
   const Int<float> exponent = ix >> 23;
   const Vec<float> f = bits<Vec<float>>((ix & 0x7fffff) + 0x3f3504f3) - 1.0f;
@@ -179,13 +180,13 @@ CMIM_INLINE Vec<float> log_positive(Vec<float> x) {
   p = p * f + 0.333333317f;
   const Vec<float> f2 = f * f;
   const Vec<float> curve = p * (f2 * f) - 0.5f * f2;
-  const Vec<float> y =
-      kBits ? (curve + f) * float(kLog2<float>) + n : (curve + n * 0x1.7f7d1cp-20f + f) + n * 0x1.62e4p-1f;
+  const Vec<float> y = kBits ? (curve + f) * float(kLog2<float>) + (n + offset)
+                             : (curve + n * 0x1.7f7d1cp-20f + f) + (n * 0x1.62e4p-1f + offset);
   return y + 0.0f * x;  // carries a NaN through
 }
 #endif
 template <bool kBits = false>
-CMIM_INLINE Vec<double> log_positive(Vec<double> x) {
+CMIM_INLINE Vec<double> log_positive(Vec<double> x, double offset = 0) {
   static_assert(!kBits, "double computes in base e throughout");
   const int64_t half_root = 0x3fe6a09e667f3bcd;
   const Int<double> ix = bits<Int<double>>(bits<Unsigned<double>>(x) - uint64_t(half_root));
@@ -196,7 +197,7 @@ CMIM_INLINE Vec<double> log_positive(Vec<double> x) {
   Vec<double> p = splat(2.0 / 23);
   for (int odd = 21; odd >= 3; odd -= 2) p = p * s2 + 2.0 / odd;
   const Vec<double> low = n * 0x1.a39ef35793c76p-33 - s * (f - p * s2);
-  return (low + f) + n * 0x1.62e42fee00000p-1 + 0.0 * x;
+  return (low + f) + (n * 0x1.62e42fee00000p-1 + offset) + 0.0 * x;
 }
 
 // psi(t) = t e^t - e^t + 1 = sum_{m >= 2} t^m (m - 1) / m!, the summand of the generalised KL divergence over

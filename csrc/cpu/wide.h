@@ -121,7 +121,7 @@ struct Wide : RowSums<T, kPerRow> {
         const T shift = this->shift[k0 + k];
         for (int64_t j = begin; j < end; j += W) {
           const V mean = load<V>(mean_to + k * kStride + j),
-                  log_q = log_positive<kUnit<T, kSource> != 1>(mean) + shift;
+                  log_q = log_positive<kUnit<T, kSource> != 1>(mean, shift);
           store(l + k * kStride + j,
                 mean < kSmallestNormal<T> ? splat(kGiven ? T(-__builtin_inf()) : T(0)) : log_q);
         }
