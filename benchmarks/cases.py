@@ -16,7 +16,8 @@ CMI_WEIGHT = 10.0
 class Case:
     """A batch of N rows and C logits whose labels are drawn from `classes` of the classes.
 
-    spread: standard deviation of the rows of a cluster about their common centre; None for unrelated rows.
+    scale: standard deviation of the logits; spread: that of the rows of a cluster about their common centre,
+    None for unrelated rows; label: what the label's logit has in addition.
     """
 
     n: int
@@ -25,7 +26,9 @@ class Case:
     k: int = 8
     grid: str = "uniform"  # uniform: integer multiples of one inverse temperature; general: of none
     dtype: torch.dtype = torch.float32
+    scale: float = 2.0
     spread: float | None = None
+    label: float = 4.0
     balanced: bool = False  # the same number of rows for each of the classes
     heavy: bool = False  # timed with --full only, except for the fused loss
 
@@ -42,6 +45,10 @@ class Case:
             parts.append(str(self.dtype).removeprefix("torch."))
         if self.spread is not None:
             parts.append(f"spread {self.spread:g}")
+        if self.scale != 2:
+            parts.append(f"logits of deviation {self.scale:g}")
+        if self.label != 4:
+            parts.append(f"label +{self.label:g}")
         return ", ".join(parts)
 
     @property
@@ -62,11 +69,11 @@ class Case:
         if self.balanced:
             target = (torch.arange(self.n) % self.classes)[torch.randperm(self.n, generator=generator)]
         if self.spread is None:
-            logits = 2 * torch.randn(self.n, self.c, generator=generator)
+            logits = self.scale * torch.randn(self.n, self.c, generator=generator)
         else:
-            centres = 2 * torch.randn(self.classes, self.c, generator=generator)
+            centres = self.scale * torch.randn(self.classes, self.c, generator=generator)
             logits = centres[target] + self.spread * torch.randn(self.n, self.c, generator=generator)
-        logits[torch.arange(self.n), target] += 4
+        logits[torch.arange(self.n), target] += self.label
         return logits.to(device, self.dtype).requires_grad_(), target.to(device)
 
 
@@ -88,6 +95,9 @@ VARIED = [
     Case(256, 1000, 32, spread=1e-3),
     Case(256, 1000, 32, spread=1e-2),
     Case(256, 1000, 32, spread=1e-1),
+    Case(256, 1000, 32, label=20.0),
+    Case(256, 1000, 32, label=20.0, spread=0.3),
+    Case(256, 1000, 32, grid="general", scale=0.5),
     Case(1024, 1000, 128, grid="general"),
     Case(1024, 1000, 128, spread=1e-3),
     Case(1000, 1000, 1000, balanced=True),

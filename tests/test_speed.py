@@ -39,6 +39,8 @@ def ratio(case: Case, ours: str, baseline: str | None = None) -> float:
         (Case(256, 1000, 1000), 4.0),
         (Case(256, 1000, 32, spread=1e-3), 8.0),
         (Case(256, 1000, 32, grid="general"), 8.0),
+        (Case(256, 1000, 32, label=20.0), 2.0),  # sure of the label, computed in float all the same
+        (Case(256, 1000, 32, grid="general", scale=0.5), 5.0),  # its highest temperature is centred by itself
     ],
     ids=lambda value: getattr(value, "name", None),
 )
