@@ -69,8 +69,8 @@ struct Grid {
   int power0 = 0, ce_index = -1;
 };
 
-constexpr int kLongestChain = 64;  // a power's error grows with its exponent
-constexpr int kMostDivisions = 8;  // of the smallest a, in the search for what all are multiples of
+constexpr int kHighestMultiple = 1 << 16;  // of a base: beyond, rounding tells them no longer apart
+constexpr int kMostDivisions = 8;          // of the smallest a, in the search for what all are multiples of
 
 Grid make_grid(const Request& q) {
   Grid g;
@@ -89,7 +89,7 @@ Grid make_grid(const Request& q) {
     g.multiple.clear();
     for (double a : g.a) {
       const double m = std::round(a / base);
-      if (!(m >= 1 && m < kLongestChain) || !same(m * base, a)) return false;
+      if (!(m >= 1 && m <= kHighestMultiple) || !same(m * base, a)) return false;
       g.multiple.push_back(int(m));
     }
     return true;

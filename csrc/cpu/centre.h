@@ -77,7 +77,8 @@ struct Centre : Rows<float> {
   template <int N, class F>
   CMIM_INLINE void each_mean(int k0, int64_t j, F&& f) const {
     if constexpr (kChain) {
-      Exponentials<Source::chain, float> ex(ebar + j, 0, nullptr, job.power0 + k0);
+      const V one = load<V>(ebar + j);
+      PowerChain<float> ex(one, power<float>(one, job.power0 + k0));
       for (int k = 0; k < N; ++k) f(k, ex.at(k));
     } else {
       const V below = load<V>(center + j) - top;

@@ -182,7 +182,8 @@ struct Narrow : Centre<kSource> {
         }
         V powers[N];
         if constexpr (kChain) {
-          Exponentials<Source::chain, float> ex(e + j, 0, nullptr, p);
+          const V one = load<V>(e + j);
+          PowerChain<float> ex(one, power<float>(one, p));
           for (int k = 0; k < N; ++k) powers[k] = ex.at(k);
         } else {
           this->template expm1_of<N, kOrder>(i, k0, j, powers);

@@ -33,6 +33,13 @@ CMIM_INLINE void by_chunk(int K, F&& f) {
   for (; k < K; ++k) f(Constant<1>{}, k);
 }
 
+// How many chunks there are before the one that begins with temperature k0; of all, with k0 = K
+inline int chunks_before(int k0, int K) {
+  const int whole = K / 8 * 8, r = k0 - whole;
+  if (r < 0) return k0 / 8;
+  return whole / 8 + (K - whole >= 4 && r >= 4 ? r - 3 : r);
+}
+
 template <class T>
 CMIM_INLINE Vec<T> power(Vec<T> x, int p) {  // p >= 1
   while ((p & 1) == 0) x *= x, p >>= 1;
@@ -77,25 +84,43 @@ enum class Source {
 template <class T, Source kSource>
 constexpr double kUnit = kSource == Source::chain ? 1.0 : kLog2<T>;
 
-// exp(a_k x) for the temperatures of one chunk, one after the other: few registers are in use at a time.
-// from: its place in E or X, stride: between temperatures, p: the power of the first one.
-template <Source kSource, class T>
-struct Exponentials {
-  Vec<T> one, now;  // exp(base x) or x; the last power
-  const T *from, *a;
-  int64_t stride;
-
-  CMIM_INLINE Exponentials(const T* place, int64_t between, const T* inverse_temperatures, int p)
-      : from(place), a(inverse_temperatures), stride(between) {
-    if constexpr (kSource != Source::stored) one = load<Vec<T>>(place);
-    if constexpr (kSource == Source::chain) now = power<T>(one, p);
-  }
+// Powers p, p + 1, ... of x, one after the other
+template <class T>
+struct PowerChain {
+  Vec<T> one, now;
+  CMIM_INLINE PowerChain(Vec<T> x, Vec<T> first) : one(x), now(first) {}
   // k = 0, 1, ... in this order
   CMIM_INLINE Vec<T> at(int k) {
-    if constexpr (kSource == Source::stored) return load<Vec<T>>(from + k * stride);
-    if constexpr (kSource == Source::direct) return exp_scaled(one, a[k]);
     if (k > 0) now *= one;
     return now;
+  }
+};
+
+// exp(a_k x) for the temperatures of one chunk: few registers are in use at a time. from: their row in E;
+// first: in a chain the row of the first of them, else that of x; stride: between temperatures in E.
+template <Source kSource, class T>
+struct Exponentials {
+  const T *from, *first, *a;
+  int64_t stride;
+
+  struct Stored {
+    const T* from;
+    int64_t stride;
+    CMIM_INLINE Vec<T> at(int k) { return load<Vec<T>>(from + k * stride); }
+  };
+  struct Direct {
+    Vec<T> x;
+    const T* a;
+    CMIM_INLINE Vec<T> at(int k) { return exp_scaled(x, a[k]); }
+  };
+  // those at columns j .., which are `place` numbers into `from`
+  CMIM_INLINE auto at(int64_t place, int64_t j) const {
+    if constexpr (kSource == Source::stored)
+      return Stored{from + place, stride};
+    else if constexpr (kSource == Source::direct)
+      return Direct{load<Vec<T>>(first + j), a};
+    else
+      return PowerChain<T>(load<Vec<T>>(from + place), load<Vec<T>>(first + j));
   }
 };
 

@@ -19,7 +19,9 @@ struct RowSums : Rows<T> {
   T *mix, *mix_up;  // (n, K) weight of the row's exponentials in Q, and in R
   T *shift, *up;    // (K) mean of log S, in the base of the exponentials; (n) upstream gradient
   T* tops;          // (n) largest logit
-  T* one;           // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
+  T* starts;  // (chunks, n, Cp) of a chain, exp(a X) of the chunk's first a, but where that is E: a high
+              // power of E would carry its rounding that many times over
+  T* one;  // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
   LabelColumn<kPerRow, !kCareful> label;
 
   RowSums(const Job& j, const Cluster& cl) : Base(j, cl, choose(j, cl)), label(j, cl) {}
@@ -28,6 +30,7 @@ struct RowSums : Rows<T> {
     layout.take(off, n * K + Simd<double>::width);
     layout.take(mix, n * K), layout.take(mix_up, kPerRow ? n * K : 0);
     layout.take(shift, K), layout.take(up, n), layout.take(tops, n);
+    layout.take(starts, source == Source::chain ? (chunks_before(K, K) - skipped()) * n * Cp : 0);
     layout.take(one, this->own_ce() ? n * Cp : 0);
     if (needs_label()) label.place(layout);
   }
@@ -35,6 +38,14 @@ struct RowSums : Rows<T> {
     if (j.power0 > 0) return Source::chain;
     return cl.count * j.classes * j.temperatures * int64_t(sizeof(T)) <= kStoredBytes ? Source::stored
                                                                                       : Source::direct;
+  }
+  int skipped() const { return job.power0 == 1 ? 1 : 0; }
+  // the rows that Exponentials has as `first`
+  template <Source kSource>
+  T* first_of(int k0) const {
+    if constexpr (kSource != Source::chain) return X;
+    const int chunk = chunks_before(k0, K) - skipped();
+    return chunk < 0 ? E : starts + chunk * n * Cp;
   }
   // f(the source as a constant)
   template <class F>
@@ -72,19 +83,25 @@ struct RowSums : Rows<T> {
       x[cluster.label] = floor;
       if constexpr (kSource == Source::chain) e[cluster.label] = 0;
     }
+    if constexpr (kSource == Source::chain)
+      by_chunk(K, [&](auto, int k0) CMIM_INLINE_LAMBDA {
+        T* const first = first_of<kSource>(k0) + i * Cp;
+        if (first == e) return;
+        for (int64_t j = 0; j < Cp; j += W) store(first + j, exp_nonpositive(a[k0] * load<V>(x + j)));
+      });
     double* const sums = off + i * K;           // its place until centre()
     if constexpr (kSource == Source::stored) {  // here, so that one pass makes them and adds them up
       if (job.multiple)
-        sum_exponentials<kSource>(i, sums, [=](const T* at, int k0) CMIM_INLINE_LAMBDA {
-          return Powers<T>(at, base, a + k0, job.multiple + k0);
+        sum_exponentials<kSource>(i, sums, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
+          return Powers<T>(x + j, base, a + k0, job.multiple + k0);
         });
       else
-        sum_exponentials<kSource>(i, sums, [=](const T* at, int k0) CMIM_INLINE_LAMBDA {
-          return Exponentials<Source::direct, T>(at, 0, a + k0, 0);
+        sum_exponentials<kSource>(i, sums, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
+          return Exponentials<Source::direct, T>{x, x, a + k0, 0}.at(j, j);
         });
     } else {
-      sum_exponentials<kSource>(i, sums, [=](const T* at, int k0) CMIM_INLINE_LAMBDA {
-        return Exponentials<kSource, T>(at, 0, a + k0, job.power0 + k0);
+      sum_exponentials<kSource>(i, sums, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
+        return Exponentials<kSource, T>{e, this->template first_of<kSource>(k0) + i * Cp, a + k0, 0}.at(j, j);
       });
     }
     double s_ce = job.has_ce && !this->own_ce() ? sums[job.ce_index] : 0;
@@ -103,12 +120,11 @@ struct RowSums : Rows<T> {
     }
   }
 
-  // sums[k] = S_k. make(place in E or X, k0) gives the exponentials of a chunk; stored ones are kept in E.
+  // sums[k] = S_k. make(j, k0) gives the exponentials of a chunk; stored ones are kept in E.
   template <Source kSource, class F>
   CMIM_INLINE void sum_exponentials(int64_t i, double* sums, F&& make) {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const T* const from = (kSource == Source::chain ? E : X) + i * Cp;
       for (int k = 0; k < N; ++k) sums[k0 + k] = 0;
       T* const keep = this->template place_of<kSource>(i, k0);
       const int64_t between = cols, flush = cols * kFlushTiles;
@@ -116,7 +132,7 @@ struct RowSums : Rows<T> {
         V s[N] = {};
         for (int64_t j = j0; j < Cp && j < j0 + flush; j += W) {
           const int64_t at = this->template column<kSource>(j);
-          auto ex = make(from + j, k0);
+          auto ex = make(j, k0);
           for (int k = 0; k < N; ++k) {
             const V e = ex.at(k);
             s[k] += e;

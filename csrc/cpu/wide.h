@@ -84,7 +84,7 @@ struct Wide : RowSums<T, kPerRow> {
       const T* const from =
           this->template place_of<kSource>(0, k0) + this->template column<kSource>(tile * cols) - tile * cols;
       const int64_t between = cols, row_stride = kSource == Source::stored ? tiles * K * cols : Cp;
-      const int p = job.power0 + k0;
+      const T* const first = this->template first_of<kSource>(k0);
       const int64_t begin = tile * cols, end = this->end_of(tile), slot = slot_of(tile);
       T* const l = L + (slot * K + k0) * kStride - begin;
       T* const mean_to = (kCareful ? Q : L) + (slot * K + k0) * kStride - begin;
@@ -97,7 +97,7 @@ struct Wide : RowSums<T, kPerRow> {
           for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
             V part[N] = {}, part_up[N] = {};
             for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
-              Exponentials<kSource, T> ex(from + i * row_stride + j, between, ak, p);
+              auto ex = Exponentials<kSource, T>{from + i * row_stride, first + i * Cp, ak, between}.at(j, j);
               for (int k = 0; k < N; ++k) {
                 const V e = ex.at(k);
                 part[k] += e * mix[i * K + k0 + k];
@@ -162,13 +162,13 @@ struct Wide : RowSums<T, kPerRow> {
       const T *const l = table(L, k0, tile), *const mean_of = table(Q, k0, tile);
       const T* const rho_of = table(rho, k0, tile);
       T* const g_to = G + i * Cp;
-      const int p = job.power0 + k0;
+      const T* const first = this->template first_of<kSource>(k0) + i * Cp;
       const T gain = up[i];
       const int64_t between = cols, end = this->end_of(tile);
       const bool wanted = job.grad;
       for (int64_t j = tile * cols; j < end; j += W) {
         const V v = load<V>(x + j);
-        Exponentials<kSource, T> ex(from + j, between, ak, p);
+        auto ex = Exponentials<kSource, T>{from, first, ak, between}.at(j, j);
         V part[kPairs];
         for (int k = 0; k < N; ++k) {
           const V e = ex.at(k);
@@ -295,16 +295,16 @@ struct Wide : RowSums<T, kPerRow> {
       V qi[N];
       for (int k = 0; k < N; ++k) qi[k] = splat<T>(q[i * K + k0 + k]);
       const T *const from = this->template place_of<kSource>(i, k0), *const ak = a + k0;
-      const int p = job.power0 + k0;
+      const T* const first = this->template first_of<kSource>(k0) + i * Cp;
       const int64_t between = cols;
       const bool last = k0 + N == K;
       auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
         V v = load<V>(g + j);
         if constexpr (kSource == Source::chain) {
-          const V first = load<V>(from + j);
-          v -= polynomial<T, N>(first, qi) * power<T>(first, p);
+          v -= polynomial<T, N>(load<V>(from + j), qi) * load<V>(first + j);
         } else {
-          Exponentials<kSource, T> ex(from + this->template column<kSource>(j), between, ak, p);
+          auto ex =
+              Exponentials<kSource, T>{from, first, ak, between}.at(this->template column<kSource>(j), j);
           V part[kPairs];
           for (int k = 0; k < N; ++k) {
             const V e = ex.at(k);
