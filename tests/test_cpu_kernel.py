@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 from cmim_kernels import TemperatureSpectrum, cmi_spectrum, fused_cmi_loss
-from cmim_kernels.reference import SPECTRUM
-from cmim_kernels.testing import assert_collapse_accuracy, truth
+from cmim_kernels.reference import MEAN, SPECTRUM
+from cmim_kernels.testing import (
+    assert_collapse_accuracy,
+    assert_gradient_within_budget,
+    base,
+    truth,
+    value_and_grad,
+)
 
 UNIFORM = TemperatureSpectrum.uniform(1.0, 8)
 GENERAL = TemperatureSpectrum([0.7, 1.1, 2.3, 5.0])
@@ -184,6 +190,33 @@ def test_collapsed_clusters(
             assert_collapse_accuracy(cmi[k], grad, exact_cmi[k], exact_grad)
         except AssertionError as error:
             raise AssertionError(f"at inverse temperature {a:g}: {error}") from None
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+@pytest.mark.parametrize("count", [12, 16, 32, 64])
+def test_many_temperatures_round_no_more_than_few(count: int, scale: float) -> None:
+    spectrum = TemperatureSpectrum.uniform(1.0, count)
+    results = []
+    for _ in range(6):
+        logits, target = scale * torch.randn(48, 200), torch.arange(48) % 6
+        call = (
+            target,
+            spectrum.inverse_temperatures,
+            spectrum.weights,
+            None,
+            None,
+            1.0,
+            10.0,
+            0.0,
+            -100,
+            MEAN,
+        )
+        out = value_and_grad(
+            lambda z, y=target: fused_cmi_loss(z, y, temperatures=spectrum, cmi_weight=10.0, backend="cpu"),
+            logits,
+        )
+        results.append((out[1], truth(logits, *call)[1], base(logits, *call)[1], target))
+    assert_gradient_within_budget(*(torch.cat(part) for part in zip(*results, strict=True)))
 
 
 def test_identical_rows_cost_nothing() -> None:

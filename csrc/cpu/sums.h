@@ -21,7 +21,7 @@ struct RowSums : Rows<T> {
   T* tops;          // (n) largest logit
   T* starts;  // (chunks, n, Cp) of a chain, exp(a X) of the chunk's first a, but where that is E: a high
               // power of E would carry its rounding that many times over
-  T* one;  // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
+  T* one;     // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
   LabelColumn<kPerRow, !kCareful> label;
 
   RowSums(const Job& j, const Cluster& cl) : Base(j, cl, choose(j, cl)), label(j, cl) {}

@@ -48,7 +48,7 @@ struct Wide : RowSums<T, kPerRow> {
   double *all_kl, *all_rest;  // (K) sums over the rows of KL and of 1 - p at the label
   T *log_label, *rho_label;   // (K) L and rho at the label
   T *L, *Q, *rho;             // (slots, K, kStride)
-  T* G;                       // (n, Cp) the gradient as far as it has come
+  T* G;                       // (chunks, n, Cp) sum_k c_k P t of the chunk's temperatures
 
   Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl), slots(whole ? tiles : 1) {
     typename Base::Layout layout{0};
@@ -65,7 +65,7 @@ struct Wide : RowSums<T, kPerRow> {
     layout.take(log_label, kCareful ? K : 0), layout.take(rho_label, kPerRow ? K : 0);
     layout.take(L, slots * K * kStride), layout.take(Q, kCareful ? slots * K * kStride : 0);
     layout.take(rho, kPerRow ? slots * K * kStride : 0);
-    layout.take(G, job.grad ? n * Cp : 0);
+    layout.take(G, job.grad ? chunks_before(K, K) * n * Cp : 0);
   }
   void clear_sums(int64_t i) {
     for (int64_t at = i * K; at < (i + 1) * K; ++at) {
@@ -161,7 +161,7 @@ struct Wide : RowSums<T, kPerRow> {
           this->template place_of<kSource>(i, k0) + this->template column<kSource>(tile * cols) - tile * cols;
       const T *const l = table(L, k0, tile), *const mean_of = table(Q, k0, tile);
       const T* const rho_of = table(rho, k0, tile);
-      T* const g_to = G + i * Cp;
+      T* const g_to = part_of(i, k0);
       const T* const first = this->template first_of<kSource>(k0) + i * Cp;
       const T gain = up[i];
       const int64_t between = cols, end = this->end_of(tile);
@@ -191,7 +191,6 @@ struct Wide : RowSums<T, kPerRow> {
         }
         if (!wanted) continue;
         V g = sum_pairs<T, kPairs>(part);
-        if (k0 > 0) g += load<V>(g_to + j);
         store(g_to + j, g);
       }
       for (int k = 0; k < N; ++k) {
@@ -279,7 +278,9 @@ struct Wide : RowSums<T, kPerRow> {
     return sum - 1;
   }
 
-  // The row's gradient: G - sum_k q_k E^(p + k), and the cross entropy's.
+  T* part_of(int64_t i, int k0) const { return G + (chunks_before(k0, K) * n + i) * Cp; }
+
+  // The row's gradient: G - sum_k q_k E^(p + k), chunk by chunk, and the cross entropy's.
   template <Source kSource>
   void write(int64_t i) {
     const int64_t row = cluster.rows[i];
@@ -287,8 +288,8 @@ struct Wide : RowSums<T, kPerRow> {
     const bool own_ce = this->own_ce(), carried = job.carried;
     const T soft = job.has_ce ? T(e.probability) * r_ce[i] : T(0);
     if (job.has_ce && !own_ce) q[i * K + job.ce_index] -= soft;
-    T* const g = G + i * Cp;
-    subtract_smooth(job, e, g);
+    T* const sum = part_of(i, 0);  // of the chunks so far
+    subtract_smooth(job, e, sum);
     const T* const at_one = one + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value, kPairs = (N + 1) / 2;
@@ -297,6 +298,7 @@ struct Wide : RowSums<T, kPerRow> {
       const T *const from = this->template place_of<kSource>(i, k0), *const ak = a + k0;
       const T* const first = this->template first_of<kSource>(k0) + i * Cp;
       const int64_t between = cols;
+      const T* const g = part_of(i, k0);
       const bool last = k0 + N == K;
       auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
         V v = load<V>(g + j);
@@ -315,6 +317,7 @@ struct Wide : RowSums<T, kPerRow> {
           }
           v -= sum_pairs<T, kPairs>(part);
         }
+        if (k0 > 0) v += load<V>(sum + j);
         if (last && own_ce) v += soft * load<V>(at_one + j);
         if (last && carried) v += carried_at<T>(job, i, j);
         return v;
@@ -322,7 +325,7 @@ struct Wide : RowSums<T, kPerRow> {
       if (last)
         write_row<T>(job, row, value);
       else
-        for (int64_t j = 0; j < Cp; j += W) store(g + j, value(j));
+        for (int64_t j = 0; j < Cp; j += W) store(sum + j, value(j));
     });
     write_entry<T>(job, row, cluster.label, label.entry(i) + (carried ? job.carried_label[i] : 0));
   }
