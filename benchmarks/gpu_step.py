@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import LossFunction
 from benchmarks.paired import Timed
+from benchmarks.resnet import shortcut
 
 CLASSES = 1000
 
@@ -24,11 +25,7 @@ class Bottleneck(nn.Module):
         self.norm2 = nn.BatchNorm2d(width)
         self.expand = nn.Conv2d(width, outputs, 1, bias=False)
         self.norm3 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+        self.shortcut = shortcut(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.reduce(x)))

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from calls import Options
 from torch import Tensor
 
 from cmim_kernels import TemperatureSpectrum, cmi_spectrum, fused_cmi_loss
-from cmim_kernels.reference import MEAN, SPECTRUM
+from cmim_kernels.reference import SPECTRUM
 from cmim_kernels.testing import (
     assert_collapse_accuracy,
     assert_gradient_within_budget,
@@ -199,18 +200,7 @@ def test_many_temperatures_round_no_more_than_few(count: int, scale: float) -> N
     results = []
     for _ in range(6):
         logits, target = scale * torch.randn(48, 200), torch.arange(48) % 6
-        call = (
-            target,
-            spectrum.inverse_temperatures,
-            spectrum.weights,
-            None,
-            None,
-            1.0,
-            10.0,
-            0.0,
-            -100,
-            MEAN,
-        )
+        call = Options(spectrum, cmi_weight=10.0).arguments(logits, target)
         out = value_and_grad(
             lambda z, y=target: fused_cmi_loss(z, y, temperatures=spectrum, cmi_weight=10.0, backend="cpu"),
             logits,

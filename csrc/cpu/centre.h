@@ -20,11 +20,11 @@ struct Centre : Rows<float> {
   double one_sum = 0;
   float top = 0;  // max zbar
 
-  Centre(const Job& j, const Cluster& cl) : Rows(j, cl, kSource) {}
+  Centre(const Job& j, const Cluster& cl, bool whole) : Rows(j, cl, kSource, whole) {}
   void place(Layout& layout) {
     Rows::place(layout);
     layout.take(one, job.has_ce ? Cp : 0);
-    layout.take(center, Cp), layout.take(ebar, Cp), layout.take(weight, Cp);
+    layout.take(center, Cp), layout.take(ebar, kChain ? Cp : 0), layout.take(weight, Cp);
     layout.take(sbar, K), layout.take(inv_sbar, K);
     layout.take(shift, n), layout.take(spread, n);
   }
@@ -32,7 +32,7 @@ struct Centre : Rows<float> {
   // zbar, -inf where a class is masked throughout; z itself, to the bit, where all rows agree
   void mean_logits(int64_t tile) {
     const float scale = 1.0f / float(n);
-    for (int64_t j = tile * cols; j < Cp && j < (tile + 1) * cols; j += W) {
+    for (int64_t j = tile * cols; j < end_of(tile); j += W) {
       const V first = load<V>(X + j);
       V total{};
       for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {

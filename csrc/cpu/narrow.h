@@ -26,11 +26,11 @@ struct Narrow : Centre<kSource> {
   using Base = Centre<kSource>;
   using Base::a, Base::C, Base::center, Base::cluster, Base::cols, Base::Cp, Base::c, Base::E, Base::ebar;
   using Base::inv_sbar, Base::job, Base::K, Base::kChain, Base::kStride, Base::n, Base::one, Base::one_sum;
-  using Base::q, Base::r, Base::r_ce, Base::sbar, Base::shift, Base::spread, Base::tiles, Base::top, Base::X;
+  using Base::q, Base::r, Base::r_ce, Base::sbar, Base::shift, Base::slots, Base::spread, Base::table,
+      Base::tiles, Base::top, Base::X;
   using typename Base::Layout, typename Base::V;
   static constexpr int W = Base::W;
 
-  int64_t slots;     // how many tiles pbar and L hold at a time
   float* G;          // (n, Cp) the gradient as far as it has come
   float* m;          // (K) mean of s / (1 + s)
   float *mix, *off;  // (n, K) 1 / (n (1 + s)); log1p(s), before that s
@@ -39,7 +39,7 @@ struct Narrow : Centre<kSource> {
   double* sum;       // (n, K)
   float *pbar, *L;   // (slots, K, kStride) Pbar; log1p(vbar)
 
-  Narrow(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl), slots(whole ? tiles : 1) {
+  Narrow(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl, whole) {
     Layout layout{0};
     place(layout);
     layout.at = reinterpret_cast<int64_t>(reserve(ws.pass, layout.at));
@@ -57,14 +57,12 @@ struct Narrow : Centre<kSource> {
     for (int64_t at = i * K; at < (i + 1) * K; ++at) acc[at] = V{}, sum[at] = 0;
   }
 
-  int64_t slot_of(int64_t tile) const { return slots == 1 ? 0 : tile; }
-
   void mean_tile(int64_t tile) {
-    const int64_t begin = tile * cols, slot = slot_of(tile);
+    const int64_t begin = tile * cols, end = this->end_of(tile);
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      float* const to = pbar + (slot * K + k0) * kStride - begin;
-      for (int64_t j = begin; j < Cp && j < begin + cols; j += W) {
+      float* const to = table(pbar, k0, tile);
+      for (int64_t j = begin; j < end; j += W) {
         this->template each_mean<N>(
             k0, j, [&](int k, V e) CMIM_INLINE_LAMBDA { store(to + k * kStride + j, e * inv_sbar[k0 + k]); });
       }
@@ -73,10 +71,10 @@ struct Narrow : Centre<kSource> {
 
   template <int kOrder>
   void row_sums(int64_t i, int64_t tile) {
-    const int64_t begin = tile * cols, end = this->end_of(tile), slot = slot_of(tile);
+    const int64_t begin = tile * cols, end = this->end_of(tile);
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const float* const from = pbar + (slot * K + k0) * kStride - begin;
+      const float* const from = table(pbar, k0, tile);
       V s[N];
       for (int k = 0; k < N; ++k) s[k] = acc[i * K + k0 + k];
       for (int64_t j = begin; j < end; j += W) {
@@ -128,12 +126,12 @@ struct Narrow : Centre<kSource> {
 
   template <int kOrder>
   void centroid(int64_t tile) {
-    const int64_t begin = tile * cols, end = this->end_of(tile), slot = slot_of(tile);
+    const int64_t begin = tile * cols, end = this->end_of(tile);
     V lo{}, hi{};
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       const int64_t n = this->n, K = this->K;
-      float* const to = L + (slot * K + k0) * kStride - begin;
+      float* const to = table(L, k0, tile);
       for (int64_t j = begin; j < end; j += W) {
         V mean[N];
         for (int k = 0; k < N; ++k) mean[k] = splat(-m[k0 + k]);
@@ -159,12 +157,12 @@ struct Narrow : Centre<kSource> {
 
   template <int kOrder>
   void accumulate(int64_t i, int64_t tile) {
-    const int64_t begin = tile * cols, end = this->end_of(tile), slot = slot_of(tile);
+    const int64_t begin = tile * cols, end = this->end_of(tile);
     const float* const x = X + i * Cp;
     float *const e = E + i * Cp, *const g_to = G + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const float* const l = L + (slot * K + k0) * kStride - begin;
+      const float* const l = table(L, k0, tile);
       const int p = job.power0 + k0;
       V kl[N];
       float ak[N], scale[N], shift[N];
@@ -172,7 +170,7 @@ struct Narrow : Centre<kSource> {
         kl[k] = acc[i * K + k0 + k], ak[k] = a[k0 + k];
         scale[k] = c[i * K + k0 + k], shift[k] = off[i * K + k0 + k];
       }
-      const float* const mean_of = pbar + (slot * K + k0) * kStride - begin;
+      const float* const mean_of = table(pbar, k0, tile);
       for (int64_t j = begin; j < end; j += W) {
         const V d = load<V>(x + j);
         V g = k0 == 0 ? V{} : load<V>(g_to + j);
@@ -217,7 +215,7 @@ struct Narrow : Centre<kSource> {
     this->report(i, kl);
   }
 
-  // The gradient at the label, before write_gradient changes anything
+  // The gradient at the label, before anything is taken off G
   double label_entry(int64_t i) const {
     const int64_t label = cluster.label;
     double value = double(G[i * Cp + label]);
@@ -250,11 +248,11 @@ struct Narrow : Centre<kSource> {
   // G less sum_k q_k P_k / r_k, one tile: direct
   template <int kOrder>
   void subtract_mean(int64_t i, int64_t tile) {
-    const int64_t begin = tile * cols, end = this->end_of(tile), slot = slot_of(tile);
+    const int64_t begin = tile * cols, end = this->end_of(tile);
     float* const g = G + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const float* const mean_of = pbar + (slot * K + k0) * kStride - begin;
+      const float* const mean_of = table(pbar, k0, tile);
       for (int64_t j = begin; j < end; j += W) {
         V v[N], value = load<V>(g + j);
         this->template expm1_of<N, kOrder>(i, k0, j, v);

@@ -1,5 +1,5 @@
-// What every way of computing a cluster shares: its scratch arrays, powers of one exponential, the scales of
-// each row, and the gradient once the divergences are known.
+// What every way of computing a cluster shares: its scratch arrays, tiles of columns, exponentials at every
+// temperature, the scales of each row, and what is reported of it.
 #pragma once
 
 #include <type_traits>
@@ -62,6 +62,19 @@ CMIM_INLINE Vec<T> sum_pairs(const Vec<T> (&v)[N]) {
     return sum_pairs<T, N / 2>(half);
   }
 }
+// sum_k q_k v_k for k = 0, 1, ... in this order, by pairs
+template <class T, int N>
+struct SumOfProducts {
+  Vec<T> part[(N + 1) / 2];
+  template <class Q>
+  CMIM_INLINE void add(int k, Q q, Vec<T> v) {
+    if (k % 2 == 0)
+      part[k / 2] = q * v;
+    else
+      part[k / 2] += q * v;
+  }
+  CMIM_INLINE Vec<T> total() const { return sum_pairs<T, (N + 1) / 2>(part); }
+};
 // sum_k q_k x^k, by pairs too
 template <class T, int N>
 CMIM_INLINE Vec<T> polynomial(Vec<T> x, const Vec<T> (&q)[N]) {
@@ -164,20 +177,22 @@ struct Rows {
   int64_t cols;   // columns of a tile, a power of two of vectors
   int log_cols;   // its binary logarithm
   int64_t tiles;  // column tiles
+  int64_t slots;  // how many of them a table holds at a time
   Source source;  // where the exponentials come from
   T *X, *E;       // (n, Cp) what the temperatures multiply; exp(base X) up to a factor of the row
   T *r, *c, *q;   // (n, K) P_k = r_k E^(p + k); coeff r; c sum_j P log(P/Q)
   T* a;           // (K) inverse temperatures, in the base of the exponentials
   T* r_ce;        // (n) the softmax at temperature 1 is r_ce exp(X)
-  T* one;         // (n, Cp) exp(X), where a term of its own; centred: (Cp) of the centre
 
-  Rows(const Job& j, const Cluster& cl, Source from)
+  // whole: tables hold all tiles at a time, for a team
+  Rows(const Job& j, const Cluster& cl, Source from, bool whole)
       : job(j), cluster(cl), n(cl.count), C(j.classes), Cp(round_up(C, W)), K(j.temperatures), source(from) {
     const int64_t vectors = kTileBytes / (n * kVectorBytes * (source == Source::stored ? K : 2));
     cols = W * kTileVectors;
     while (cols > W * kTileVectors / 4 && cols > W * vectors) cols /= 2;
     log_cols = __builtin_ctzll(uint64_t(cols));
     tiles = (Cp + cols - 1) / cols;
+    slots = whole ? tiles : 1;
   }
 
   // where exponentials are read from: row i, temperature k0, to which column() is added; between temperatures
@@ -190,6 +205,16 @@ struct Rows {
   template <Source kSource>
   CMIM_INLINE int64_t column(int64_t j) const {
     return kSource == Source::stored ? j + (j >> log_cols) * (K - 1) * cols : j;
+  }
+
+  // the same with columns counted from 0, for those of one tile
+  template <Source kSource>
+  CMIM_INLINE T* tile_of(int64_t i, int k0, int64_t tile) const {
+    return place_of<kSource>(i, k0) + column<kSource>(tile * cols) - tile * cols;
+  }
+  // of a table (slots, K, kStride), with columns counted from 0
+  T* table(T* of, int k0, int64_t tile) const {
+    return of + ((slots == 1 ? 0 : tile) * K + k0) * kStride - tile * cols;
   }
 
   // Lays arrays out one after the other from an address.

@@ -24,7 +24,7 @@ struct RowSums : Rows<T> {
   T* one;     // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
   LabelColumn<kPerRow, !kCareful> label;
 
-  RowSums(const Job& j, const Cluster& cl) : Base(j, cl, choose(j, cl)), label(j, cl) {}
+  RowSums(const Job& j, const Cluster& cl, bool whole) : Base(j, cl, choose(j, cl), whole), label(j, cl) {}
   void place(typename Base::Layout& layout) {
     Base::place(layout);
     layout.take(off, n * K + Simd<double>::width);

@@ -38,10 +38,9 @@ struct Wide : RowSums<T, kPerRow> {
   using Base = RowSums<T, kPerRow>;
   using Base::a, Base::c, Base::C, Base::cluster, Base::cols, Base::Cp, Base::job, Base::K, Base::kCareful;
   using Base::kStride, Base::label, Base::mix, Base::mix_up, Base::n, Base::off, Base::one, Base::q, Base::r;
-  using Base::r_ce, Base::tiles, Base::up, Base::W, Base::X;
+  using Base::r_ce, Base::slots, Base::table, Base::tiles, Base::up, Base::W, Base::X;
   using V = Vec<T>;
 
-  int64_t slots;              // how many tiles L holds at a time
   V *h_acc, *kl_acc;          // (n, K) sums of P t and Q psi(t) in lanes
   double *h_sum, *kl_sum;     // (n, K)
   double* excess;             // (K) sum_j Q - 1 of given centroids
@@ -50,7 +49,7 @@ struct Wide : RowSums<T, kPerRow> {
   T *L, *Q, *rho;             // (slots, K, kStride)
   T* G;                       // (chunks, n, Cp) sum_k c_k P t of the chunk's temperatures
 
-  Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl), slots(whole ? tiles : 1) {
+  Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl, whole) {
     typename Base::Layout layout{0};
     place(layout);
     layout.at = reinterpret_cast<int64_t>(reserve(ws.pass, layout.at));
@@ -73,7 +72,6 @@ struct Wide : RowSums<T, kPerRow> {
       if constexpr (kCareful) kl_acc[at] = V{}, kl_sum[at] = 0;
     }
   }
-  int64_t slot_of(int64_t tile) const { return slots == 1 ? 0 : tile; }
 
   template <Source kSource>
   void centroid(int64_t tile) {
@@ -81,14 +79,12 @@ struct Wide : RowSums<T, kPerRow> {
       constexpr int N = decltype(chunk)::value;
       const int64_t n = this->n, Cp = this->Cp, K = this->K;
       const T* const ak = a + k0;
-      const T* const from =
-          this->template place_of<kSource>(0, k0) + this->template column<kSource>(tile * cols) - tile * cols;
+      const T* const from = this->template tile_of<kSource>(0, k0, tile);
       const int64_t between = cols, row_stride = kSource == Source::stored ? tiles * K * cols : Cp;
       const T* const first = this->template first_of<kSource>(k0);
-      const int64_t begin = tile * cols, end = this->end_of(tile), slot = slot_of(tile);
-      T* const l = L + (slot * K + k0) * kStride - begin;
-      T* const mean_to = (kCareful ? Q : L) + (slot * K + k0) * kStride - begin;
-      T* const rho_to = rho + (slot * K + k0) * kStride - begin;
+      const int64_t begin = tile * cols, end = this->end_of(tile);
+      T *const l = table(L, k0, tile), *const mean_to = kCareful ? table(Q, k0, tile) : l;
+      T* const rho_to = table(rho, k0, tile);
       for (int64_t j = begin; j < end; j += W) {
         V mean[N] = {}, weighted[N] = {};
         if constexpr (kGiven) {
@@ -140,15 +136,10 @@ struct Wide : RowSums<T, kPerRow> {
     return v;
   }
 
-  // of L, Q or rho: columns count from 0
-  const T* table(const T* of, int k0, int64_t tile) const {
-    return of + (slot_of(tile) * K + k0) * kStride - tile * cols;
-  }
-
   template <Source kSource>
   void accumulate(int64_t i, int64_t tile) {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(chunk)::value, kPairs = (N + 1) / 2;
+      constexpr int N = decltype(chunk)::value;
       const int64_t at = i * K + k0;
       V h[N] = {}, kl[N] = {};  // sums of this tile, apart: fewer additions to a large sum
       T scale[N], ak[N], constant[N], probability[N];
@@ -157,8 +148,7 @@ struct Wide : RowSums<T, kPerRow> {
         if constexpr (kCareful) constant[k] = T(off[at + k]), probability[k] = r[at + k];
       }
       const T* const x = X + i * Cp;
-      const T* const from =
-          this->template place_of<kSource>(i, k0) + this->template column<kSource>(tile * cols) - tile * cols;
+      const T* const from = this->template tile_of<kSource>(i, k0, tile);
       const T *const l = table(L, k0, tile), *const mean_of = table(Q, k0, tile);
       const T* const rho_of = table(rho, k0, tile);
       T* const g_to = part_of(i, k0);
@@ -169,7 +159,7 @@ struct Wide : RowSums<T, kPerRow> {
       for (int64_t j = tile * cols; j < end; j += W) {
         const V v = load<V>(x + j);
         auto ex = Exponentials<kSource, T>{from, first, ak, between}.at(j, j);
-        V part[kPairs];
+        SumOfProducts<T, N> g;
         for (int k = 0; k < N; ++k) {
           const V e = ex.at(k);
           V t = ak[k] * v - load<V>(l + k * kStride + j);
@@ -184,14 +174,9 @@ struct Wide : RowSums<T, kPerRow> {
           V pt = e * t;
           if constexpr (kGiven) pt = e == T(0) ? V{} : pt;
           h[k] += pt;
-          if (k % 2 == 0)
-            part[k / 2] = scale[k] * pt;
-          else
-            part[k / 2] += scale[k] * pt;
+          g.add(k, scale[k], pt);
         }
-        if (!wanted) continue;
-        V g = sum_pairs<T, kPairs>(part);
-        store(g_to + j, g);
+        if (wanted) store(g_to + j, g.total());
       }
       for (int k = 0; k < N; ++k) {
         h_acc[at + k] += h[k];
@@ -292,7 +277,7 @@ struct Wide : RowSums<T, kPerRow> {
     subtract_smooth(job, e, sum);
     const T* const at_one = one + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(chunk)::value, kPairs = (N + 1) / 2;
+      constexpr int N = decltype(chunk)::value;
       V qi[N];
       for (int k = 0; k < N; ++k) qi[k] = splat<T>(q[i * K + k0 + k]);
       const T *const from = this->template place_of<kSource>(i, k0), *const ak = a + k0;
@@ -307,15 +292,9 @@ struct Wide : RowSums<T, kPerRow> {
         } else {
           auto ex =
               Exponentials<kSource, T>{from, first, ak, between}.at(this->template column<kSource>(j), j);
-          V part[kPairs];
-          for (int k = 0; k < N; ++k) {
-            const V e = ex.at(k);
-            if (k % 2 == 0)
-              part[k / 2] = qi[k] * e;
-            else
-              part[k / 2] += qi[k] * e;
-          }
-          v -= sum_pairs<T, kPairs>(part);
+          SumOfProducts<T, N> taken;
+          for (int k = 0; k < N; ++k) taken.add(k, qi[k], ex.at(k));
+          v -= taken.total();
         }
         if (k0 > 0) v += load<V>(sum + j);
         if (last && own_ce) v += soft * load<V>(at_one + j);
