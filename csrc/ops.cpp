@@ -1,6 +1,7 @@
 // The operators' schemas and their CPU implementation, on PyTorch's stable ABI: one binary for every later
 // torch and every Python. What is valid is decided in cmim_kernels/functional.py; here only what memory
 // safety needs is checked again, since the operators can be called by themselves.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -117,8 +119,28 @@ bool scales_exactly(double upstream) {
   return std::fabs(std::frexp(upstream, &exponent)) == 0.5;
 }
 
-Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType type) {
-  return torch::stable::new_empty(like, size, type);
+int32_t dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+
+// A contiguous CPU tensor of (rows, cols), of (rows) or of (). Straight from the allocator: new_empty takes its
+// way through the dispatcher, twice as long.
+Tensor empty(std::initializer_list<int64_t> size, ScalarType type) {
+  const int64_t strides[] = {size.size() == 2 ? size.begin()[1] : 1, 1};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.begin(), strides,
+                                                         dtype_of(type), aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  return Tensor(handle);
 }
 
 // saved is the gradient for an upstream gradient of one: while a cluster's exponentials are at hand its
@@ -133,13 +155,11 @@ std::tuple<Tensor, Tensor> loss(Tensor logits, Tensor target, Doubles a, Doubles
                             label_smoothing, ignore_index, reduction);
   const bool scalar = q.reduction == Reduction::mean || q.reduction == Reduction::sum;
   const ScalarType type = compute_type(logits), kept = saved_type(logits);
-  Tensor saved = save && scalar ? empty(logits, {q.rows, q.classes}, kept) : empty(logits, {0}, kept);
+  Tensor saved = save && scalar ? empty({q.rows, q.classes}, kept) : empty({0}, kept);
   Doubles values;
   cmim::cpu::forward(q, pool(), values, save && scalar ? saved.mutable_data_ptr() : nullptr,
                      storage_of(saved, "saved"));
-  std::vector<int64_t> shape;
-  if (!scalar) shape.push_back(int64_t(values.size()));
-  Tensor value = empty(logits, shape, type);
+  Tensor value = scalar ? empty({}, type) : empty({int64_t(values.size())}, type);
   store(values, value);
   return {value, saved};
 }
@@ -157,7 +177,7 @@ Tensor loss_backward(Tensor grad, Tensor saved, Tensor logits, Tensor target, Do
                            : q.reduction == Reduction::spectrum ? int64_t(a.size())
                                                                 : 1;
   STD_TORCH_CHECK(int64_t(upstream.size()) == expected, "grad: expected ", expected, " elements");
-  Tensor out = empty(logits, {q.rows, q.classes}, logits.scalar_type());
+  Tensor out = empty({q.rows, q.classes}, logits.scalar_type());
   if (expected == 1 && q.reduction != Reduction::none && q.reduction != Reduction::spectrum &&
       saved.numel() > 0 && (saved.scalar_type() == type || scales_exactly(upstream[0]))) {
     STD_TORCH_CHECK(

@@ -46,8 +46,9 @@ struct LabelColumn {
     }
   }
 
-  // sums (K): S_k, s_ce: the same at temperature 1; kApart: both lack the label and get it here.
-  void set_row(int64_t i, double top, double floor, double* sums, double& s_ce) {
+  // sums (K): S_k; s_ce: the same at temperature 1, where that is none of them. kApart: both lack the label
+  // and get it here. Returns 1 / S_k (K).
+  const double* set_row(int64_t i, double top, double floor, double* sums, double& s_ce) {
     // of the exponential's series: a relative error of 1e-11 in float, which x = 0 does not have
     constexpr int kTerms = kApart ? 7 : 12;
     const int64_t row = cluster.rows[i];
@@ -55,29 +56,31 @@ struct LabelColumn {
         element(job.logits, job.storage, row * job.row_stride + cluster.label * job.col_stride) - top;
     x[i] = below < floor ? floor : below;
     upstream[i] = job.upstream ? job.upstream[row] : 1.0;
-    double *const to = p + i * Kp, *const others = rest + i * Kp;
+    double *const to = p + i * Kp, *const others = rest + i * Kp, *const inverses = t + i * Kp;
     for (int k0 = 0; k0 < Kp; k0 += D) {
       store(to + k0, exp_nonpositive<kTerms>(load<V>(a + k0) * x[i]));
       store(mean + i * Kp + k0, V{});
-    }
-    if (job.has_ce) {
-      const double at_one =
-          job.ce_index >= 0 ? to[job.ce_index] : exp_nonpositive<kTerms>(splat<double>(x[i]))[0];
-      if constexpr (kApart) s_ce += at_one;
-      p_ce[i] = at_one / s_ce;
     }
     by_doubles(job.temperatures, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(width)::value;
       auto sum = doubles<N>(sums + k0);
       const auto own = doubles<N>(to + k0);
-      if constexpr (kApart) {
-        const auto without = sum;
-        sum += own;
-        store_doubles<N>(sums + k0, sum);
-        store_doubles<N>(others + k0, without / sum);
-      }
-      store_doubles<N>(to + k0, own / sum);
+      const auto without = sum;
+      if constexpr (kApart) store_doubles<N>(sums + k0, sum += own);
+      const auto inverse = 1.0 / sum;  // once: processors divide slowly
+      if constexpr (kApart) store_doubles<N>(others + k0, without * inverse);
+      store_doubles<N>(to + k0, own * inverse);
+      store_doubles<N>(inverses + k0, inverse);
     });
+    if (!job.has_ce) return inverses;
+    if (job.ce_index >= 0) {
+      p_ce[i] = to[job.ce_index];
+    } else {
+      const double at_one = exp_nonpositive<kTerms>(splat<double>(x[i]))[0];
+      if constexpr (kApart) s_ce += at_one;
+      p_ce[i] = at_one / s_ce;
+    }
+    return inverses;
   }
 
   // log_sums (n, K): log S_k less shift(k); given(k): the centroid's entry where it is given. For float.

@@ -115,8 +115,8 @@ struct Narrow : Centre<kSource> {
     for (int64_t i = 0; i < n; ++i) {
       double* const s = sum + i * K;
       const double s_ce = job.has_ce ? one_sum * (1 + s[job.ce_index]) : 0;
-      for (int k = 0; k < K; ++k) s[k] = (kChain ? sbar[k] : 1.0) * (1 + s[k]);
-      this->set_row(i, s, s_ce, 1.0);
+      for (int k = 0; k < K; ++k) s[k] = 1 / ((kChain ? sbar[k] : 1.0) * (1 + s[k]));
+      this->set_row(i, s, job.has_ce ? 1 / s_ce : 0, 1.0);
       this->set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(top) + double(shift[i]));
       for (int k = 0; k < K; ++k) s[k] = 0;
     }

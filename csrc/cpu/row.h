@@ -77,11 +77,17 @@ inline void load_row(const Job& job, int64_t row, T* x) {
 
 // z(row, :) as C numbers of T next to each other: the logits themselves where they are that, else a copy in x
 template <class T>
+inline bool in_place(const Job& job) {
+  return job.storage == kStorageOf<T> && job.col_stride == 1;
+}
+template <class T>
+inline const T* row_place(const Job& job, int64_t row, const T* x) {
+  return in_place<T>(job) ? static_cast<const T*>(job.logits) + row * job.row_stride : x;
+}
+template <class T>
 inline const T* row_values(const Job& job, int64_t row, T* x) {
-  if (job.storage == kStorageOf<T> && job.col_stride == 1)
-    return static_cast<const T*>(job.logits) + row * job.row_stride;
-  load_row(job, row, x);
-  return x;
+  if (!in_place<T>(job)) load_row(job, row, x);
+  return row_place(job, row, x);
 }
 
 // What the cross entropy of one row contributes: the gradient is softmax * probability - smooth *

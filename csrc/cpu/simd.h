@@ -327,6 +327,16 @@ CMIM_INLINE void each_vector(const T* z, int64_t C, F&& f) {
   if (j < C) f(j, load_tail<T, T>(z + j, C - j));
 }
 
+// p[j] = value, by a store of the whole vector: a later load of that need not wait for the store to be over
+template <class T>
+CMIM_INLINE void set_entry(T* p, int64_t j, T value) {
+  Int<T> lane;
+  for (int l = 0; l < Simd<T>::width; ++l) lane[l] = l;
+  T* const from = p + j / Simd<T>::width * Simd<T>::width;
+  const decltype(lane[0] + 0) at = j % Simd<T>::width;
+  store(from, lane == at ? splat(value) : load<Vec<T>>(from));
+}
+
 // The largest of C numbers, of those that are not NaN; -inf if there is none
 template <class T>
 CMIM_INLINE T largest(const T* z, int64_t C) {

@@ -15,6 +15,7 @@ struct RowSums : Rows<T> {
   using V = Vec<T>;
   static constexpr bool kCareful = sizeof(T) == 8;
 
+  V* acc;           // (n, K) sums in lanes: for S, then of P t
   double* off;      // (n, K) S, then log S less its mean over the rows
   T *mix, *mix_up;  // (n, K) weight of the row's exponentials in Q, and in R
   T *shift, *up;    // (K) mean of log S, in the base of the exponentials; (n) upstream gradient
@@ -23,16 +24,19 @@ struct RowSums : Rows<T> {
               // power of E would carry its rounding that many times over
   T* one;     // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
   LabelColumn<kPerRow, !kCareful> label;
+  double over_n;  // 1 / n
+  T floor;        // of X: exp(a X) is 0 there at every temperature
 
   RowSums(const Job& j, const Cluster& cl, bool whole) : Base(j, cl, choose(j, cl), whole), label(j, cl) {}
   void place(typename Base::Layout& layout) {
     Base::place(layout);
+    layout.take(acc, n * K);
     layout.take(off, n * K + Simd<double>::width);
     layout.take(mix, n * K), layout.take(mix_up, kPerRow ? n * K : 0);
     layout.take(shift, K), layout.take(up, n), layout.take(tops, n);
     layout.take(starts, source == Source::chain ? (chunks_before(K, K) - skipped()) * n * Cp : 0);
     layout.take(one, this->own_ce() ? n * Cp : 0);
-    if (needs_label()) label.place(layout);
+    label.place(layout);
   }
   static Source choose(const Job& j, const Cluster& cl) {
     if (j.power0 > 0) return Source::chain;
@@ -54,34 +58,50 @@ struct RowSums : Rows<T> {
     if (source == Source::stored) return f(std::integral_constant<Source, Source::stored>{});
     return f(std::integral_constant<Source, Source::direct>{});
   }
-  bool needs_label() const { return job.grad || !kCareful; }
-
   template <Source kSource>
   void fill() {
     constexpr double unit = kUnit<T, kSource>;
+    over_n = 1 / double(n);
+    floor = kVanishes<T> / T(this->own_ce() && job.a[0] > 1 ? 1.0 : job.a[0]);
     for (int k = 0; k < K; ++k)  // multiples stay multiples, as the powers are
       a[k] = unit != 1 && job.multiple ? T(double(T(job.base * unit)) * job.multiple[k]) : T(job.a[k] * unit);
-    if (needs_label()) label.fill([&](int k) { return kCareful ? job.a[k] : double(a[k]) / unit; });
+    label.fill([&](int k) { return kCareful ? job.a[k] : double(a[k]) / unit; });
   }
 
+  // Rows that are prepared together. Step by step for all of them, so that no row waits for the end of another's
+  // steps, each of which ends in a chain of operations that use each other's results.
+  int64_t block_rows() const {
+    constexpr int64_t kBytes = 16 << 10;
+    const int64_t rows = kBytes / (2 * Cp * int64_t(sizeof(T)));
+    return rows < 1 ? 1 : rows < n ? rows : n;
+  }
   template <Source kSource>
-  void prepare(int64_t i) {
-    const int64_t row = cluster.rows[i], Cp = this->Cp;
-    constexpr double unit = kUnit<T, kSource>;
-    const T* const z = row_values(job, row, X + i * Cp);
-    const T top = largest(z, C), base = T(job.base * unit);
-    const T floor =
-        kVanishes<T> / T(this->own_ce() && job.a[0] > 1 ? 1.0 : job.a[0]);  // vanishes at every temperature
-    tops[i] = top;
+  void prepare(const Team& team) {
+    const int64_t block = block_rows();
+    each(team, (n + block - 1) / block, [&](int64_t b) {
+      const int64_t begin = b * block, end = begin + block < n ? begin + block : n;
+      for (int64_t i = begin; i < end; ++i)
+        tops[i] = largest(row_values(job, cluster.rows[i], X + i * Cp), C);
+      for (int64_t i = begin; i < end; ++i) exponentials<kSource>(i);
+      for (int64_t i = begin; i < end; ++i) sum_row<kSource>(i);
+      for (int64_t i = begin; i < end; ++i) flush(i, acc, off);
+      for (int64_t i = begin; i < end; ++i) scales<kSource>(i);
+    });
+  }
+
+  // X, and E of a chain
+  template <Source kSource>
+  void exponentials(int64_t i) {
     T *const x = X + i * Cp, *const e = E + i * Cp;
-    each_vector(z, C, [=](int64_t j, V v) CMIM_INLINE_LAMBDA {
+    const T top = tops[i], base = T(job.base * kUnit<T, kSource>), floor = this->floor;
+    each_vector(row_place(job, cluster.rows[i], x), C, [=](int64_t j, V v) CMIM_INLINE_LAMBDA {
       v = at_least(v - top, floor);
       store(x + j, v);
       if constexpr (kSource == Source::chain) store(e + j, exp_nonpositive(base * v));
     });
     if constexpr (!kCareful) {
-      x[cluster.label] = floor;
-      if constexpr (kSource == Source::chain) e[cluster.label] = 0;
+      set_entry(x, cluster.label, floor);
+      if constexpr (kSource == Source::chain) set_entry(e, cluster.label, T(0));
     }
     if constexpr (kSource == Source::chain)
       by_chunk(K, [&](auto, int k0) CMIM_INLINE_LAMBDA {
@@ -89,66 +109,100 @@ struct RowSums : Rows<T> {
         if (first == e) return;
         for (int64_t j = 0; j < Cp; j += W) store(first + j, exp_nonpositive(a[k0] * load<V>(x + j)));
       });
-    double* const sums = off + i * K;           // its place until centre()
+  }
+
+  // acc, and off for what does not fit there
+  template <Source kSource>
+  void sum_row(int64_t i) {
+    const T *const x = X + i * Cp, *const e = E + i * Cp;
     if constexpr (kSource == Source::stored) {  // here, so that one pass makes them and adds them up
+      const T base = T(job.base * kUnit<T, kSource>);
       if (job.multiple)
-        sum_exponentials<kSource>(i, sums, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
+        sum_exponentials<kSource>(i, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
           return Powers<T>(x + j, base, a + k0, job.multiple + k0);
         });
       else
-        sum_exponentials<kSource>(i, sums, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
+        sum_exponentials<kSource>(i, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
           return Exponentials<Source::direct, T>{x, x, a + k0, 0}.at(j, j);
         });
     } else {
-      sum_exponentials<kSource>(i, sums, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
+      sum_exponentials<kSource>(i, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
         return Exponentials<kSource, T>{e, this->template first_of<kSource>(k0) + i * Cp, a + k0, 0}.at(j, j);
       });
     }
-    double s_ce = job.has_ce && !this->own_ce() ? sums[job.ce_index] : 0;
-    if (this->own_ce())  // 1 is not one of the inverse temperatures
-      s_ce =
-          store_exponentials(one + i * Cp, Cp, [=](int64_t j) CMIM_INLINE_LAMBDA { return load<V>(x + j); });
-    const double upstream = job.upstream ? job.upstream[row] : 1.0;
-    if (needs_label()) label.set_row(i, double(top), double(floor), sums, s_ce);
-    this->set_row(i, sums, s_ce, (kPerRow ? 1.0 : upstream) / unit);
-    if (this->own_ce() || !job.has_ce)
-      this->set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(top));
-    up[i] = T(upstream);
-    for (int64_t at = i * K; at < (i + 1) * K; ++at) {
-      mix[at] = r[at] / T(n);
-      if constexpr (kPerRow) mix_up[at] = mix[at] * up[i];
-    }
   }
 
-  // sums[k] = S_k. make(j, k0) gives the exponentials of a chunk; stored ones are kept in E.
+  // make(j, k0) gives the exponentials of a chunk; stored ones are kept in E.
   template <Source kSource, class F>
-  CMIM_INLINE void sum_exponentials(int64_t i, double* sums, F&& make) {
+  CMIM_INLINE void sum_exponentials(int64_t i, F&& make) {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      for (int k = 0; k < N; ++k) sums[k0 + k] = 0;
+      const int64_t at = i * K + k0;
+      for (int k = 0; k < N; ++k) off[at + k] = 0;
       T* const keep = this->template place_of<kSource>(i, k0);
-      const int64_t between = cols, flush = cols * kFlushTiles;
-      for (int64_t j0 = 0; j0 < Cp; j0 += flush) {
-        V s[N] = {};
-        for (int64_t j = j0; j < Cp && j < j0 + flush; j += W) {
-          const int64_t at = this->template column<kSource>(j);
+      const int64_t between = cols, most = cols * kFlushTiles;
+      V s[N] = {};
+      for (int64_t j0 = 0; j0 < Cp; j0 += most) {
+        if (j0 > 0) {
+          add_lanes<T, N>(s, off + at);
+          for (V& of : s) of = V{};
+        }
+        for (int64_t j = j0; j < Cp && j < j0 + most; j += W) {
+          const int64_t place = this->template column<kSource>(j);
           auto ex = make(j, k0);
           for (int k = 0; k < N; ++k) {
             const V e = ex.at(k);
             s[k] += e;
-            if constexpr (kSource == Source::stored) store(keep + k * between + at, e);
+            if constexpr (kSource == Source::stored) store(keep + k * between + place, e);
           }
         }
-        add_lanes<T, N>(s, sums + k0);
       }
+      for (int k = 0; k < N; ++k) acc[at + k] = s[k];
+    });
+  }
+
+  // sums (n, K) += the lanes of `of` (n, K), which are zero afterwards
+  void flush(int64_t i, V* of, double* sums) {
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value;
+      const int64_t at = i * K + k0;
+      V lanes[N];
+      for (int k = 0; k < N; ++k) lanes[k] = of[at + k], of[at + k] = V{};
+      add_lanes<T, N>(lanes, sums + at);
+    });
+  }
+
+  // What follows from the sums of a row
+  template <Source kSource>
+  void scales(int64_t i) {
+    const int64_t row = cluster.rows[i];
+    const T* const x = X + i * Cp;
+    double* const sums = off + i * K;  // their place until centre()
+    double s_ce = 0;
+    if (this->own_ce())  // 1 is not one of the inverse temperatures
+      s_ce =
+          store_exponentials(one + i * Cp, Cp, [=](int64_t j) CMIM_INLINE_LAMBDA { return load<V>(x + j); });
+    const double upstream = job.upstream ? job.upstream[row] : 1.0;
+    const double* const inverse = label.set_row(i, double(tops[i]), double(floor), sums, s_ce);
+    const double inverse_ce = this->own_ce() ? 1 / s_ce : job.has_ce ? inverse[job.ce_index] : 0;
+    this->set_row(i, inverse, inverse_ce, (kPerRow ? 1.0 : upstream) / kUnit<T, kSource>);
+    if (this->own_ce() || !job.has_ce)
+      this->set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(tops[i]));
+    up[i] = T(upstream);
+    by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(width)::value;
+      const auto mean = doubles<N>(inverse + k0) * over_n;
+      store_doubles<N>(mix + i * K + k0, mean);
+      if constexpr (kPerRow) store_doubles<N>(mix_up + i * K + k0, mean * upstream);
     });
   }
 
   // A multiple of the last place of log Q, so that adding it is exact: one rounding in every column alike
   // would not average out.
-  static double on_grid(double shift) {
-    constexpr double kSpacing = 0x1p-16;  // of floats up to 256
-    return __builtin_rint(shift / kSpacing) * kSpacing;
+  template <class V>
+  CMIM_INLINE static V on_grid(V shift) {
+    constexpr double kRounds = 0x1.8p52 * 0x1p-16;  // 2^-16: the spacing of floats up to 256
+    return (shift + kRounds) - kRounds;
   }
 
   // off holds S; it becomes the deviation of log S from its mean over the cluster
@@ -158,13 +212,17 @@ struct RowSums : Rows<T> {
       store(off + at, log_positive(load<Vec<double>>(off + at)));
     if (job.has_ce && job.ce_index >= 0)
       for (int64_t i = 0; i < n; ++i) this->set_entropy(i, off[i * K + job.ce_index], double(tops[i]));
-    for (int k = 0; k < K; ++k) {
-      double mean = 0;
-      for (int64_t i = 0; i < n; ++i) mean += off[i * K + k];
+    by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(width)::value;
       constexpr double unit = kUnit<T, kSource>;
-      shift[k] = T(kCareful ? mean / double(n) : on_grid(mean * unit / double(n)));
-      for (int64_t i = 0; i < n; ++i) off[i * K + k] -= double(shift[k]) / unit;
-    }
+      auto mean = doubles<N>(off + k0);
+      for (int64_t i = 1; i < n; ++i) mean += doubles<N>(off + i * K + k0);
+      mean *= over_n * unit;
+      store_doubles<N>(shift + k0, kCareful ? mean : on_grid(mean));
+      mean = doubles<N>(shift + k0) * (1 / unit);
+      for (int64_t i = 0; i < n; ++i)
+        store_doubles<N>(off + i * K + k0, doubles<N>(off + i * K + k0) - mean);
+    });
   }
 };
 

@@ -36,12 +36,12 @@ constexpr T kSmallestNormal = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
 template <class T, bool kGiven, bool kPerRow>
 struct Wide : RowSums<T, kPerRow> {
   using Base = RowSums<T, kPerRow>;
-  using Base::a, Base::c, Base::C, Base::cluster, Base::cols, Base::Cp, Base::job, Base::K, Base::kCareful;
+  using Base::a, Base::acc, Base::c, Base::C, Base::cluster, Base::cols, Base::Cp, Base::job, Base::K, Base::kCareful;
   using Base::kStride, Base::label, Base::mix, Base::mix_up, Base::n, Base::off, Base::one, Base::q, Base::r;
   using Base::r_ce, Base::slots, Base::table, Base::tiles, Base::up, Base::W, Base::X;
   using V = Vec<T>;
 
-  V *h_acc, *kl_acc;          // (n, K) sums of P t and Q psi(t) in lanes
+  V* kl_acc;                  // (n, K) sums of Q psi(t) in lanes, acc those of P t
   double *h_sum, *kl_sum;     // (n, K)
   double* excess;             // (K) sum_j Q - 1 of given centroids
   double *all_kl, *all_rest;  // (K) sums over the rows of KL and of 1 - p at the label
@@ -57,7 +57,7 @@ struct Wide : RowSums<T, kPerRow> {
   }
   void place(typename Base::Layout& layout) {
     Base::place(layout);
-    layout.take(h_acc, n * K), layout.take(kl_acc, kCareful ? n * K : 0);
+    layout.take(kl_acc, kCareful ? n * K : 0);
     layout.take(h_sum, n * K), layout.take(kl_sum, kCareful ? n * K : 0);
     layout.take(excess, kGiven && !kCareful ? K : 0);
     layout.take(all_kl, kCareful ? 0 : K), layout.take(all_rest, kCareful ? 0 : K);
@@ -68,7 +68,7 @@ struct Wide : RowSums<T, kPerRow> {
   }
   void clear_sums(int64_t i) {
     for (int64_t at = i * K; at < (i + 1) * K; ++at) {
-      h_acc[at] = V{}, h_sum[at] = 0;
+      h_sum[at] = 0;
       if constexpr (kCareful) kl_acc[at] = V{}, kl_sum[at] = 0;
     }
   }
@@ -179,25 +179,15 @@ struct Wide : RowSums<T, kPerRow> {
         if (wanted) store(g_to + j, g.total());
       }
       for (int k = 0; k < N; ++k) {
-        h_acc[at + k] += h[k];
+        acc[at + k] += h[k];
         if constexpr (kCareful) kl_acc[at + k] += kl[k];
       }
     });
-    if (tile % kFlushTiles == kFlushTiles - 1 || tile == tiles - 1) flush(i);
+    if (tile % kFlushTiles == kFlushTiles - 1) flush_row(i);
   }
-
-  void flush(int64_t i) {
-    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(chunk)::value;
-      const int64_t at = i * K + k0;
-      V lanes[N], kl_lanes[N];
-      for (int k = 0; k < N; ++k) lanes[k] = h_acc[at + k], h_acc[at + k] = V{};
-      add_lanes<T, N>(lanes, h_sum + at);
-      if constexpr (kCareful) {
-        for (int k = 0; k < N; ++k) kl_lanes[k] = kl_acc[at + k], kl_acc[at + k] = V{};
-        add_lanes<T, N>(kl_lanes, kl_sum + at);
-      }
-    });
+  void flush_row(int64_t i) {
+    this->flush(i, acc, h_sum);
+    if constexpr (kCareful) this->flush(i, kl_acc, kl_sum);
   }
 
   template <Source kSource>
@@ -313,12 +303,14 @@ struct Wide : RowSums<T, kPerRow> {
   template <Source kSource>
   bool run(const Team& team) {
     this->template fill<kSource>();
-    each(team, n, [&](int64_t i) { this->template prepare<kSource>(i), clear_sums(i); });
+    this->template prepare<kSource>(team);
+    for (int64_t i = 0; i < n; ++i) clear_sums(i);
     this->template centre<kSource>();
     this->by_tile(
         team, [&](int64_t t) { centroid<kSource>(t); },
         [&](int64_t i, int64_t t) { accumulate<kSource>(i, t); });
-    if (this->needs_label()) finish_label<kSource>();
+    for (int64_t i = 0; i < n; ++i) flush_row(i);
+    finish_label<kSource>();
     if (!divergences<kSource>()) return false;
     each(team, n, [&](int64_t i) {
       this->report(i, (kCareful ? kl_sum : off) + i * K);
