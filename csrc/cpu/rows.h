@@ -90,7 +90,7 @@ CMIM_INLINE Vec<T> polynomial(Vec<T> x, const Vec<T> (&q)[N]) {
 // Where a pass has exp(a_k x) from, at every temperature.
 enum class Source {
   chain,   // powers of exp(base x), a_k = (power0 + k) base: from E, (n, Cp)
-  stored,  // computed once per cluster, as powers where the grid has a base: E is (n, tiles, K, cols)
+  stored,  // computed once per cluster, as powers where the grid has a base: E is (n, Cp / W, K, W)
   direct,  // computed at each use from X, (n, Cp), where storing them would leave the second-level cache
 };
 // The base of the exponentials, as the factor that inverse temperatures take: see kLog2.
@@ -110,16 +110,14 @@ struct PowerChain {
 };
 
 // exp(a_k x) for the temperatures of one chunk: few registers are in use at a time. from: their row in E;
-// first: in a chain the row of the first of them, else that of x; stride: between temperatures in E.
+// first: in a chain the row of the first of them, else that of x.
 template <Source kSource, class T>
 struct Exponentials {
   const T *from, *first, *a;
-  int64_t stride;
 
   struct Stored {
     const T* from;
-    int64_t stride;
-    CMIM_INLINE Vec<T> at(int k) { return load<Vec<T>>(from + k * stride); }
+    CMIM_INLINE Vec<T> at(int k) { return load<Vec<T>>(from + k * Simd<T>::width); }
   };
   struct Direct {
     Vec<T> x;
@@ -129,7 +127,7 @@ struct Exponentials {
   // those at columns j .., which are `place` numbers into `from`
   CMIM_INLINE auto at(int64_t place, int64_t j) const {
     if constexpr (kSource == Source::stored)
-      return Stored{from + place, stride};
+      return Stored{from + place};
     else if constexpr (kSource == Source::direct)
       return Direct{load<Vec<T>>(first + j), a};
     else
@@ -175,7 +173,6 @@ struct Rows {
   int64_t n, C, Cp;  // rows, classes, classes in whole vectors
   int K;
   int64_t cols;   // columns of a tile, a power of two of vectors
-  int log_cols;   // its binary logarithm
   int64_t tiles;  // column tiles
   int64_t slots;  // how many of them a table holds at a time
   Source source;  // where the exponentials come from
@@ -190,28 +187,21 @@ struct Rows {
     const int64_t vectors = kTileBytes / (n * kVectorBytes * (source == Source::stored ? K : 2));
     cols = W * kTileVectors;
     while (cols > W * kTileVectors / 4 && cols > W * vectors) cols /= 2;
-    log_cols = __builtin_ctzll(uint64_t(cols));
     tiles = (Cp + cols - 1) / cols;
     slots = whole ? tiles : 1;
   }
 
-  // where exponentials are read from: row i, temperature k0, to which column() is added; between temperatures
-  // it is `cols` where they are stored
+  // where exponentials are read from: row i, temperature k0, to which column() is added
   template <Source kSource>
   CMIM_INLINE T* place_of(int64_t i, int k0) const {
-    if constexpr (kSource == Source::stored) return E + (i * tiles * K + k0) * cols;
+    if constexpr (kSource == Source::stored) return E + i * Cp * K + k0 * W;
     return (kSource == Source::chain ? E : X) + i * Cp;
   }
   template <Source kSource>
   CMIM_INLINE int64_t column(int64_t j) const {
-    return kSource == Source::stored ? j + (j >> log_cols) * (K - 1) * cols : j;
+    return kSource == Source::stored ? j * K : j;
   }
 
-  // the same with columns counted from 0, for those of one tile
-  template <Source kSource>
-  CMIM_INLINE T* tile_of(int64_t i, int k0, int64_t tile) const {
-    return place_of<kSource>(i, k0) + column<kSource>(tile * cols) - tile * cols;
-  }
   // of a table (slots, K, kStride), with columns counted from 0
   T* table(T* of, int k0, int64_t tile) const {
     return of + ((slots == 1 ? 0 : tile) * K + k0) * kStride - tile * cols;
@@ -229,7 +219,7 @@ struct Rows {
 
   void place(Layout& layout) {
     layout.take(X, n * Cp);
-    layout.take(E, source == Source::chain ? n * Cp : source == Source::stored ? n * K * tiles * cols : 0);
+    layout.take(E, source == Source::chain ? n * Cp : source == Source::stored ? n * K * Cp : 0);
     layout.take(r, n * K), layout.take(c, n * K), layout.take(q, n * K);
     layout.take(a, K), layout.take(r_ce, n);
   }

@@ -123,11 +123,11 @@ struct RowSums : Rows<T> {
         });
       else
         sum_exponentials<kSource>(i, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
-          return Exponentials<Source::direct, T>{x, x, a + k0, 0}.at(j, j);
+          return Exponentials<Source::direct, T>{x, x, a + k0}.at(j, j);
         });
     } else {
       sum_exponentials<kSource>(i, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
-        return Exponentials<kSource, T>{e, this->template first_of<kSource>(k0) + i * Cp, a + k0, 0}.at(j, j);
+        return Exponentials<kSource, T>{e, this->template first_of<kSource>(k0) + i * Cp, a + k0}.at(j, j);
       });
     }
   }
@@ -140,7 +140,7 @@ struct RowSums : Rows<T> {
       const int64_t at = i * K + k0;
       for (int k = 0; k < N; ++k) off[at + k] = 0;
       T* const keep = this->template place_of<kSource>(i, k0);
-      const int64_t between = cols, most = cols * kFlushTiles;
+      const int64_t most = cols * kFlushTiles;
       V s[N] = {};
       for (int64_t j0 = 0; j0 < Cp; j0 += most) {
         if (j0 > 0) {
@@ -153,7 +153,7 @@ struct RowSums : Rows<T> {
           for (int k = 0; k < N; ++k) {
             const V e = ex.at(k);
             s[k] += e;
-            if constexpr (kSource == Source::stored) store(keep + k * between + place, e);
+            if constexpr (kSource == Source::stored) store(keep + place + k * W, e);
           }
         }
       }

@@ -79,8 +79,8 @@ struct Wide : RowSums<T, kPerRow> {
       constexpr int N = decltype(chunk)::value;
       const int64_t n = this->n, Cp = this->Cp, K = this->K;
       const T* const ak = a + k0;
-      const T* const from = this->template tile_of<kSource>(0, k0, tile);
-      const int64_t between = cols, row_stride = kSource == Source::stored ? tiles * K * cols : Cp;
+      const T* const from = this->template place_of<kSource>(0, k0);
+      const int64_t row_stride = this->template column<kSource>(Cp);
       const T* const first = this->template first_of<kSource>(k0);
       const int64_t begin = tile * cols, end = this->end_of(tile);
       T *const l = table(L, k0, tile), *const mean_to = kCareful ? table(Q, k0, tile) : l;
@@ -93,7 +93,8 @@ struct Wide : RowSums<T, kPerRow> {
           for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
             V part[N] = {}, part_up[N] = {};
             for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
-              auto ex = Exponentials<kSource, T>{from + i * row_stride, first + i * Cp, ak, between}.at(j, j);
+              auto ex = Exponentials<kSource, T>{from + i * row_stride, first + i * Cp, ak}.at(
+                  this->template column<kSource>(j), j);
               for (int k = 0; k < N; ++k) {
                 const V e = ex.at(k);
                 part[k] += e * mix[i * K + k0 + k];
@@ -148,17 +149,17 @@ struct Wide : RowSums<T, kPerRow> {
         if constexpr (kCareful) constant[k] = T(off[at + k]), probability[k] = r[at + k];
       }
       const T* const x = X + i * Cp;
-      const T* const from = this->template tile_of<kSource>(i, k0, tile);
+      const T* const from = this->template place_of<kSource>(i, k0);
       const T *const l = table(L, k0, tile), *const mean_of = table(Q, k0, tile);
       const T* const rho_of = table(rho, k0, tile);
       T* const g_to = part_of(i, k0);
       const T* const first = this->template first_of<kSource>(k0) + i * Cp;
       const T gain = up[i];
-      const int64_t between = cols, end = this->end_of(tile);
+      const int64_t end = this->end_of(tile);
       const bool wanted = job.grad;
       for (int64_t j = tile * cols; j < end; j += W) {
         const V v = load<V>(x + j);
-        auto ex = Exponentials<kSource, T>{from, first, ak, between}.at(j, j);
+        auto ex = Exponentials<kSource, T>{from, first, ak}.at(this->template column<kSource>(j), j);
         SumOfProducts<T, N> g;
         for (int k = 0; k < N; ++k) {
           const V e = ex.at(k);
@@ -272,7 +273,6 @@ struct Wide : RowSums<T, kPerRow> {
       for (int k = 0; k < N; ++k) qi[k] = splat<T>(q[i * K + k0 + k]);
       const T *const from = this->template place_of<kSource>(i, k0), *const ak = a + k0;
       const T* const first = this->template first_of<kSource>(k0) + i * Cp;
-      const int64_t between = cols;
       const T* const g = part_of(i, k0);
       const bool last = k0 + N == K;
       auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
@@ -281,7 +281,7 @@ struct Wide : RowSums<T, kPerRow> {
           v -= polynomial<T, N>(load<V>(from + j), qi) * load<V>(first + j);
         } else {
           auto ex =
-              Exponentials<kSource, T>{from, first, ak, between}.at(this->template column<kSource>(j), j);
+              Exponentials<kSource, T>{from, first, ak}.at(this->template column<kSource>(j), j);
           SumOfProducts<T, N> taken;
           for (int k = 0; k < N; ++k) taken.add(k, qi[k], ex.at(k));
           v -= taken.total();
