@@ -327,14 +327,17 @@ CMIM_INLINE void each_vector(const T* z, int64_t C, F&& f) {
   if (j < C) f(j, load_tail<T, T>(z + j, C - j));
 }
 
+// v with `value` in lane l; v itself where it has no such lane
+CMIM_INLINE Vec<float> with_entry(Vec<float> v, int64_t l, float value) {
+  Int<float> lane;
+  for (int i = 0; i < Simd<float>::width; ++i) lane[i] = i;
+  return lane == int32_t(l) ? splat(value) : v;
+}
 // p[j] = value, by a store of the whole vector: a later load of that need not wait for the store to be over
-template <class T>
-CMIM_INLINE void set_entry(T* p, int64_t j, T value) {
-  Int<T> lane;
-  for (int l = 0; l < Simd<T>::width; ++l) lane[l] = l;
-  T* const from = p + j / Simd<T>::width * Simd<T>::width;
-  const decltype(lane[0] + 0) at = j % Simd<T>::width;
-  store(from, lane == at ? splat(value) : load<Vec<T>>(from));
+CMIM_INLINE void set_entry(float* p, int64_t j, float value) {
+  constexpr int W = Simd<float>::width;
+  float* const from = p + j / W * W;
+  store(from, with_entry(load<Vec<float>>(from), j % W, value));
 }
 
 // The largest of C numbers, of those that are not NaN; -inf if there is none

@@ -23,6 +23,7 @@ struct RowSums : Rows<T> {
   T* starts;  // (chunks, n, Cp) of a chain, exp(a X) of the chunk's first a, but where that is E: a high
               // power of E would carry its rounding that many times over
   T* one;     // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
+  double* sums_one;  // (n) its sum
   LabelColumn<kPerRow, !kCareful> label;
   double over_n;  // 1 / n
   T floor;        // of X: exp(a X) is 0 there at every temperature
@@ -35,7 +36,7 @@ struct RowSums : Rows<T> {
     layout.take(mix, n * K), layout.take(mix_up, kPerRow ? n * K : 0);
     layout.take(shift, K), layout.take(up, n), layout.take(tops, n);
     layout.take(starts, source == Source::chain ? (chunks_before(K, K) - skipped()) * n * Cp : 0);
-    layout.take(one, this->own_ce() ? n * Cp : 0);
+    layout.take(one, this->own_ce() ? n * Cp : 0), layout.take(sums_one, n);
     label.place(layout);
   }
   static Source choose(const Job& j, const Cluster& cl) {
@@ -82,23 +83,34 @@ struct RowSums : Rows<T> {
       const int64_t begin = b * block, end = begin + block < n ? begin + block : n;
       for (int64_t i = begin; i < end; ++i)
         tops[i] = largest(row_values(job, cluster.rows[i], X + i * Cp), C);
-      for (int64_t i = begin; i < end; ++i) exponentials<kSource>(i);
+      for (int64_t i = begin; i < end; ++i)
+        this->own_ce() ? exponentials<kSource, true>(i) : exponentials<kSource, false>(i);
       for (int64_t i = begin; i < end; ++i) sum_row<kSource>(i);
       for (int64_t i = begin; i < end; ++i) flush(i, acc, off);
       for (int64_t i = begin; i < end; ++i) scales<kSource>(i);
     });
   }
 
-  // X, and E of a chain
-  template <Source kSource>
+  // X, E of a chain, and `one` with its sum where kOwn
+  template <Source kSource, bool kOwn>
   void exponentials(int64_t i) {
-    T *const x = X + i * Cp, *const e = E + i * Cp;
+    T *const x = X + i * Cp, *const e = E + i * Cp, *const at_one = one + i * Cp;
     const T top = tops[i], base = T(job.base * kUnit<T, kSource>), floor = this->floor;
-    each_vector(row_place(job, cluster.rows[i], x), C, [=](int64_t j, V v) CMIM_INLINE_LAMBDA {
+    V sum{};
+    double total = 0;
+    each_vector(row_place(job, cluster.rows[i], x), C, [&](int64_t j, V v) CMIM_INLINE_LAMBDA {
       v = at_least(v - top, floor);
       store(x + j, v);
       if constexpr (kSource == Source::chain) store(e + j, exp_nonpositive(base * v));
+      if constexpr (kOwn) {
+        if constexpr (!kCareful) v = with_entry(v, cluster.label - j, floor);
+        const V of_one = exp_nonpositive(v);
+        store(at_one + j, of_one);
+        sum += of_one;
+        if (j / W % kFlushVectors == kFlushVectors - 1) total += double(sum_lanes<T>(sum)), sum = V{};
+      }
     });
+    if constexpr (kOwn) sums_one[i] = total + double(sum_lanes<T>(sum));
     if constexpr (!kCareful) {
       set_entry(x, cluster.label, floor);
       if constexpr (kSource == Source::chain) set_entry(e, cluster.label, T(0));
@@ -176,12 +188,8 @@ struct RowSums : Rows<T> {
   template <Source kSource>
   void scales(int64_t i) {
     const int64_t row = cluster.rows[i];
-    const T* const x = X + i * Cp;
     double* const sums = off + i * K;  // their place until centre()
-    double s_ce = 0;
-    if (this->own_ce())  // 1 is not one of the inverse temperatures
-      s_ce =
-          store_exponentials(one + i * Cp, Cp, [=](int64_t j) CMIM_INLINE_LAMBDA { return load<V>(x + j); });
+    double s_ce = this->own_ce() ? sums_one[i] : 0;
     const double upstream = job.upstream ? job.upstream[row] : 1.0;
     const double* const inverse = label.set_row(i, double(tops[i]), double(floor), sums, s_ce);
     const double inverse_ce = this->own_ce() ? 1 / s_ce : job.has_ce ? inverse[job.ce_index] : 0;
