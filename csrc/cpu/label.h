@@ -96,7 +96,7 @@ struct LabelColumn {
       for (int k = 0; k < K; ++k) log_q[k] = given(k);
     for (int k0 = 0; k0 < Kp; k0 += D) {
       const V q = load<V>(log_q + k0);
-      store(log_q + k0, q == 0.0 ? splat<double>(kGiven ? -__builtin_inf() : 0.0) : log_positive(q));
+      store(log_q + k0, q == 0.0 ? splat<double>(kGiven ? -__builtin_inf() : 0.0) : log_positive<false, kApart ? 7 : 11>(q));
     }
     for (int k = 0; k < K; ++k) log_q[k] += shift(k);
     set_t(log_sums);
@@ -112,13 +112,16 @@ struct LabelColumn {
   }
   void set_t(const double* log_sums) {
     for (int k = job.temperatures; k < Kp; ++k) log_q[k] = 0, rho[k] = 0;
+    const int K = job.temperatures;
     for (int64_t i = 0; i < n; ++i) {
-      for (int k = 0; k < Kp; ++k)
-        t[i * Kp + k] = k < job.temperatures ? log_sums[i * job.temperatures + k] : 0;
       for (int k0 = 0; k0 < Kp; k0 += D) {
         double* const to = t + i * Kp + k0;
-        V value = load<V>(a + k0) * x[i] - load<V>(log_q + k0);
-        value -= load<V>(to);
+        V of_row{};
+        if (k0 + D <= K)
+          of_row = load<V>(log_sums + i * K + k0);
+        else
+          for (int k = k0; k < K; ++k) of_row[k - k0] = log_sums[i * K + k];
+        V value = load<V>(a + k0) * x[i] - load<V>(log_q + k0) - of_row;
         if constexpr (kPerRow) value = upstream[i] * value - load<V>(rho + k0);
         store(to, value);
       }
