@@ -12,6 +12,7 @@ struct Centre : Rows<float> {
   using V = Vec<float>;
   static constexpr bool kChain = kSource == Source::chain;
 
+  const float** from;             // (n) the row's logits
   float* one;                     // (Cp) exp(zbar - max)
   float *center, *ebar, *weight;  // (Cp) zbar; exp(base (zbar - max)); softmax(a_K zbar)
   double* sbar;                   // (K) sum_j ebar^(p + k)
@@ -23,22 +24,27 @@ struct Centre : Rows<float> {
   Centre(const Job& j, const Cluster& cl, bool whole) : Rows(j, cl, kSource, whole) {}
   void place(Layout& layout) {
     Rows::place(layout);
+    layout.take(from, n);
     layout.take(one, job.has_ce ? Cp : 0);
     layout.take(center, Cp), layout.take(ebar, kChain ? Cp : 0), layout.take(weight, Cp);
     layout.take(sbar, K), layout.take(inv_sbar, K);
     layout.take(shift, n), layout.take(spread, n);
   }
 
+  CMIM_INLINE V logits(int64_t i, int64_t j) const {
+    return j + W <= C ? load<V>(from[i] + j) : load_tail<float, float>(from[i] + j, C - j);
+  }
+
   // zbar, -inf where a class is masked throughout; z itself, to the bit, where all rows agree
   void mean_logits(int64_t tile) {
     const float scale = 1.0f / float(n);
     for (int64_t j = tile * cols; j < end_of(tile); j += W) {
-      const V first = load<V>(X + j);
+      const V first = logits(0, j);
       V total{};
       for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
         V part{};
         for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
-          const V z = load<V>(X + i * Cp + j);
+          const V z = logits(i, j);
           part += z == first ? V{} : z - first;
         }
         total += part;
@@ -86,14 +92,14 @@ struct Centre : Rows<float> {
     }
   }
 
-  // X from z to d, E to v_1
+  // d in X, v_1 in E
   void centre(int64_t i) {
     float* const x = X + i * Cp;
     float* const v1 = E + i * Cp;
     const float base = float(job.base);
     V dot{}, high{};
     for (int64_t j = 0; j < Cp; j += W) {
-      const V z = load<V>(x + j), c = load<V>(center + j);
+      const V z = logits(i, j), c = load<V>(center + j);
       const V d = z == c ? V{} : z - c;  // equal where a class is masked for the cluster: -inf less -inf
       store(x + j, d);
       dot += load<V>(weight + j) * d;

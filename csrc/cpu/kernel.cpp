@@ -65,12 +65,17 @@ void cluster(const Job& job, const Cluster& cl, const Team& team, Workspace& ws)
       if (reach == 0) return;
       continue;
     }
-    Job first = part(job, 0, first_few), rest = part(job, first_few, job.temperatures);
+    const int64_t K = job.temperatures, Cp = round_up(job.classes, Simd<float>::width);
+    RestArrays arrays;
+    arrays.w = reinterpret_cast<double*>(reserve(
+        ws.carry, K * 20 + cl.count * (Cp * int64_t(sizeof(float)) + 8)));  // two doubles and an int, a row
+    arrays.coeff = arrays.w + K;
+    Job first = part(job, 0, first_few);
     first.has_ce = false;
-    const int64_t Cp = round_up(job.classes, Simd<float>::width);
-    first.carry_label =
-        reinterpret_cast<double*>(reserve(ws.carry, cl.count * (Cp * int64_t(sizeof(float)) + 8)));
+    first.carry_label = arrays.coeff + K;
     first.carry = reinterpret_cast<float*>(first.carry_label + cl.count);
+    arrays.order = reinterpret_cast<int*>(first.carry + cl.count * Cp);
+    Job rest = rest_of_temperatures(job, first_few, arrays);
     rest.carried = first.carry, rest.carried_label = first.carry_label;
     reach = centred(first, cl, team, ws);
     if (reach != 0) continue;

@@ -25,6 +25,7 @@ template <Source kSource>
 struct Narrow : Centre<kSource> {
   using Base = Centre<kSource>;
   using Base::a, Base::C, Base::center, Base::cluster, Base::cols, Base::Cp, Base::c, Base::E, Base::ebar;
+  using Base::from;
   using Base::inv_sbar, Base::job, Base::K, Base::kChain, Base::kStride, Base::n, Base::one, Base::one_sum;
   using Base::q, Base::r, Base::r_ce, Base::sbar, Base::shift, Base::slots, Base::spread, Base::table,
       Base::tiles, Base::top, Base::X;
@@ -332,7 +333,7 @@ struct Narrow : Centre<kSource> {
   // Returns 0, or how far |d| reaches where that is too far, with nothing written but what another pass will
   // write again.
   float run(const Team& team) {
-    each(team, n, [&](int64_t i) { load_row(job, cluster.rows[i], X + i * Cp); });
+    each(team, n, [&](int64_t i) { from[i] = row_values(job, cluster.rows[i], X + i * Cp); });
     each(team, tiles, [&](int64_t t) { this->mean_logits(t); });
     this->mean_softmax();
     each(team, n, [&](int64_t i) { this->centre(i), clear_sums(i); });

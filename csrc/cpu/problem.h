@@ -28,7 +28,7 @@ struct Job {
   const void* class_weight;  // (C) float, double for double logits; nullptr: ones
   const void*
       centroids;  // (K, C, C) in the same type, temperatures in the caller's order; nullptr: the batch's own
-  const int* order;  // (K) the caller's index of a[k]
+  const int* order;  // (K) the caller's index of a[k]; -1: no one asks for it, and w and coeff are 0
   bool has_ce, has_cmi;
   double ce_scale;                // ce_weight / normaliser
   double smoothing, smooth_each;  // label smoothing, and what each class gets of it

@@ -29,15 +29,15 @@ template <class F>
 CMIM_INLINE void by_chunk(int K, F&& f) {
   int k = 0;
   for (; k + 8 <= K; k += 8) f(Constant<8>{}, k);
-  for (; k + 4 <= K; k += 4) f(Constant<4>{}, k);
-  for (; k < K; ++k) f(Constant<1>{}, k);
+  if (K & 4) f(Constant<4>{}, k), k += 4;
+  if (K & 2) f(Constant<2>{}, k), k += 2;
+  if (K & 1) f(Constant<1>{}, k);
 }
 
 // How many chunks there are before the one that begins with temperature k0; of all, with k0 = K
 inline int chunks_before(int k0, int K) {
-  const int whole = K / 8 * 8, r = k0 - whole;
-  if (r < 0) return k0 / 8;
-  return whole / 8 + (K - whole >= 4 && r >= 4 ? r - 3 : r);
+  const int whole = K / 8 * 8;
+  return k0 < whole ? k0 / 8 : whole / 8 + __builtin_popcount(unsigned(k0 - whole));
 }
 
 template <class T>
@@ -270,7 +270,8 @@ struct Rows {
       job.row_cmi[at] = job.carried ? job.row_cmi[at] + total : total;
     }
     if (job.kl)
-      for (int k = 0; k < K; ++k) job.kl[at * job.kl_stride + job.order[k]] = kl[k];
+      for (int k = 0; k < K; ++k)
+        if (job.order[k] >= 0) job.kl[at * job.kl_stride + job.order[k]] = kl[k];
   }
 };
 

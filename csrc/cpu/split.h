@@ -91,5 +91,23 @@ inline Job part(const Job& job, int begin, int end) {
   return of;
 }
 
+// The temperatures that are left after the first `done`, and as many of those once more, for nothing, as make
+// chunks of eight: cheaper than the small chunks that five, six or seven temperatures take. `at` has room for
+// K of each array that differs.
+struct RestArrays {
+  double *w, *coeff;
+  int* order;
+};
+inline Job rest_of_temperatures(const Job& job, int done, const RestArrays& at) {
+  const int K = job.temperatures, left = (K - done) % 8, again = left >= 5 && done >= 8 - left ? 8 - left : 0;
+  for (int k = done - again; k < K; ++k) {
+    at.w[k] = k < done ? 0 : job.w[k], at.coeff[k] = k < done ? 0 : job.coeff[k];
+    at.order[k] = k < done ? -1 : job.order[k];
+  }
+  Job whole = job;
+  whole.w = at.w, whole.coeff = at.coeff, whole.order = at.order;
+  return part(whole, done - again, K);
+}
+
 }  // namespace
 }  // namespace cmim::cpu

@@ -241,7 +241,7 @@ struct Wide : RowSums<T, kPerRow> {
         store_doubles<N>(all_rest + k0, doubles<N>(all_rest + k0) + rest);
       });
     for (int k = 0; k < K; ++k)
-      if ((job.w[k] != 0 || job.kl) && all_kl[k] < kRedoBelow * double(n) &&
+      if ((job.w[k] != 0 || (job.kl && job.order[k] >= 0)) && all_kl[k] < kRedoBelow * double(n) &&
           !(all_kl[k] >= kRedoBelowRest * all_rest[k]))
         return false;
     return true;
