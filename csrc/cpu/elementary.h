@@ -71,8 +71,8 @@ CMIM_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
 template <class T>
 constexpr double kLog2 = sizeof(T) == 4 ? 1.4426950408889634 : 1.0;
 
-// exp(a x / kLog2<T>): in float, 2^(a x), which takes fewer instructions than exp of a product and does not round
-// it. The same domain.
+// exp(a x / kLog2<T>): in float, 2^(a x), which takes fewer instructions than exp of a product and does not
+// round it. The same domain.
 #if defined(__AVX512F__)
 alignas(64) constexpr float kRootsOfTwo[16] = {
     0x1p0f,         0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fep+0f,  0x1.3dea64p+0f,

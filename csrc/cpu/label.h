@@ -96,7 +96,8 @@ struct LabelColumn {
       for (int k = 0; k < K; ++k) log_q[k] = given(k);
     for (int k0 = 0; k0 < Kp; k0 += D) {
       const V q = load<V>(log_q + k0);
-      store(log_q + k0, q == 0.0 ? splat<double>(kGiven ? -__builtin_inf() : 0.0) : log_positive<false, kApart ? 7 : 11>(q));
+      store(log_q + k0, q == 0.0 ? splat<double>(kGiven ? -__builtin_inf() : 0.0)
+                                 : log_positive<false, kApart ? 7 : 11>(q));
     }
     for (int k = 0; k < K; ++k) log_q[k] += shift(k);
     set_t(log_sums);

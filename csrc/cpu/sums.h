@@ -69,8 +69,8 @@ struct RowSums : Rows<T> {
     label.fill([&](int k) { return kCareful ? job.a[k] : double(a[k]) / unit; });
   }
 
-  // Rows that are prepared together. Step by step for all of them, so that no row waits for the end of another's
-  // steps, each of which ends in a chain of operations that use each other's results.
+  // Rows that are prepared together. Step by step for all of them, so that no row waits for the end of
+  // another's steps, each of which ends in a chain of operations that use each other's results.
   int64_t block_rows() const {
     constexpr int64_t kBytes = 16 << 10;
     const int64_t rows = kBytes / (2 * Cp * int64_t(sizeof(T)));
@@ -228,8 +228,7 @@ struct RowSums : Rows<T> {
       mean *= over_n * unit;
       store_doubles<N>(shift + k0, kCareful ? mean : on_grid(mean));
       mean = doubles<N>(shift + k0) * (1 / unit);
-      for (int64_t i = 0; i < n; ++i)
-        store_doubles<N>(off + i * K + k0, doubles<N>(off + i * K + k0) - mean);
+      for (int64_t i = 0; i < n; ++i) store_doubles<N>(off + i * K + k0, doubles<N>(off + i * K + k0) - mean);
     });
   }
 };

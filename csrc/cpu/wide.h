@@ -36,7 +36,8 @@ constexpr T kSmallestNormal = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
 template <class T, bool kGiven, bool kPerRow>
 struct Wide : RowSums<T, kPerRow> {
   using Base = RowSums<T, kPerRow>;
-  using Base::a, Base::acc, Base::c, Base::C, Base::cluster, Base::cols, Base::Cp, Base::job, Base::K, Base::kCareful;
+  using Base::a, Base::acc, Base::c, Base::C, Base::cluster, Base::cols, Base::Cp, Base::job, Base::K,
+      Base::kCareful;
   using Base::kStride, Base::label, Base::mix, Base::mix_up, Base::n, Base::off, Base::one, Base::q, Base::r;
   using Base::r_ce, Base::slots, Base::table, Base::tiles, Base::up, Base::W, Base::X;
   using V = Vec<T>;
@@ -280,8 +281,7 @@ struct Wide : RowSums<T, kPerRow> {
         if constexpr (kSource == Source::chain) {
           v -= polynomial<T, N>(load<V>(from + j), qi) * load<V>(first + j);
         } else {
-          auto ex =
-              Exponentials<kSource, T>{from, first, ak}.at(this->template column<kSource>(j), j);
+          auto ex = Exponentials<kSource, T>{from, first, ak}.at(this->template column<kSource>(j), j);
           SumOfProducts<T, N> taken;
           for (int k = 0; k < N; ++k) taken.add(k, qi[k], ex.at(k));
           v -= taken.total();
@@ -304,12 +304,12 @@ struct Wide : RowSums<T, kPerRow> {
   bool run(const Team& team) {
     this->template fill<kSource>();
     this->template prepare<kSource>(team);
-    for (int64_t i = 0; i < n; ++i) clear_sums(i);
+    each(team, n, [&](int64_t i) { clear_sums(i); });
     this->template centre<kSource>();
     this->by_tile(
         team, [&](int64_t t) { centroid<kSource>(t); },
         [&](int64_t i, int64_t t) { accumulate<kSource>(i, t); });
-    for (int64_t i = 0; i < n; ++i) flush_row(i);
+    each(team, n, [&](int64_t i) { flush_row(i); });
     finish_label<kSource>();
     if (!divergences<kSource>()) return false;
     each(team, n, [&](int64_t i) {
