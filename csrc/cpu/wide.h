@@ -86,43 +86,50 @@ struct Wide : RowSums<T, kPerRow> {
       const int64_t begin = tile * cols, end = this->end_of(tile);
       T *const l = table(L, k0, tile), *const mean_to = kCareful ? table(Q, k0, tile) : l;
       T* const rho_to = table(rho, k0, tile);
-      for (int64_t j = begin; j < end; j += W) {
-        V mean[N] = {}, weighted[N] = {};
-        if constexpr (kGiven) {
-          for (int k = 0; k < N; ++k) mean[k] = given(k0 + k, j);
-        } else {
-          for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
-            V part[N] = {}, part_up[N] = {};
-            for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
-              auto ex = Exponentials<kSource, T>{from + i * row_stride, first + i * Cp, ak}.at(
-                  this->template column<kSource>(j), j);
+      // Logarithms are apart from the sums, so that many are under way at a time; but where the exponentials
+      // come from the second-level cache, by one vector of columns, while the next is waited for.
+      constexpr int64_t kGroup = W * (kSource == Source::stored ? 1 : kTileVectors);
+      for (int64_t j0 = begin; j0 < end; j0 += kGroup) {
+        const int64_t group_end = j0 + kGroup < end ? j0 + kGroup : end;
+        for (int64_t j = j0; j < group_end; j += W) {
+          V mean[N] = {}, weighted[N] = {};
+          if constexpr (kGiven) {
+            for (int k = 0; k < N; ++k) mean[k] = given(k0 + k, j);
+          } else {
+            for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
+              V part[N] = {}, part_up[N] = {};
+              for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
+                auto ex = Exponentials<kSource, T>{from + i * row_stride, first + i * Cp, ak}.at(
+                    this->template column<kSource>(j), j);
+                for (int k = 0; k < N; ++k) {
+                  const V e = ex.at(k);
+                  part[k] += e * mix[i * K + k0 + k];
+                  if constexpr (kPerRow) part_up[k] += e * mix_up[i * K + k0 + k];
+                }
+              }
               for (int k = 0; k < N; ++k) {
-                const V e = ex.at(k);
-                part[k] += e * mix[i * K + k0 + k];
-                if constexpr (kPerRow) part_up[k] += e * mix_up[i * K + k0 + k];
+                mean[k] += part[k];
+                if constexpr (kPerRow) weighted[k] += part_up[k];
               }
             }
-            for (int k = 0; k < N; ++k) {
-              mean[k] += part[k];
-              if constexpr (kPerRow) weighted[k] += part_up[k];
-            }
+          }
+          for (int k = 0; k < N; ++k) {
+            store(mean_to + k * kStride + j, mean[k]);
+            if constexpr (kPerRow)  // where the mean vanished, so have all its P, which multiply this
+              store(rho_to + k * kStride + j, mean[k] < kSmallestNormal<T> ? V{} : weighted[k] / mean[k]);
           }
         }
         for (int k = 0; k < N; ++k) {
-          store(mean_to + k * kStride + j, mean[k]);
-          if constexpr (kPerRow)  // where the mean vanished, so have all its P, which multiply this
-            store(rho_to + k * kStride + j, mean[k] < kSmallestNormal<T> ? V{} : weighted[k] / mean[k]);
+          const T shift = this->shift[k0 + k];
+          for (int64_t j = j0; j < group_end; j += W) {
+            const V mean = load<V>(mean_to + k * kStride + j),
+                    log_q = log_positive<kUnit<T, kSource> != 1>(mean, shift);
+            store(l + k * kStride + j,
+                  mean < kSmallestNormal<T> ? splat(kGiven ? T(-__builtin_inf()) : T(0)) : log_q);
+          }
         }
       }
-      // apart from the sums, so that many logarithms are under way at a time
       for (int k = 0; k < N; ++k) {
-        const T shift = this->shift[k0 + k];
-        for (int64_t j = begin; j < end; j += W) {
-          const V mean = load<V>(mean_to + k * kStride + j),
-                  log_q = log_positive<kUnit<T, kSource> != 1>(mean, shift);
-          store(l + k * kStride + j,
-                mean < kSmallestNormal<T> ? splat(kGiven ? T(-__builtin_inf()) : T(0)) : log_q);
-        }
         if (kCareful && cluster.label >= begin && cluster.label < end) {
           log_label[k0 + k] = l[k * kStride + cluster.label];
           if constexpr (kPerRow) rho_label[k0 + k] = rho_to[k * kStride + cluster.label];
