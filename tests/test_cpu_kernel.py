@@ -209,6 +209,24 @@ def test_many_temperatures_round_no_more_than_few(count: int, scale: float) -> N
     assert_gradient_within_budget(*(torch.cat(part) for part in zip(*results, strict=True)))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("grid", [TemperatureSpectrum.uniform, TemperatureSpectrum.gauss_legendre])
+def test_any_number_of_temperatures(
+    grid: Callable[[float, int], TemperatureSpectrum], dtype: torch.dtype, tolerance: float
+) -> None:
+    """They are computed in chunks of eight, four, two and one."""
+    logits, target = 3 * torch.randn(30, 70, dtype=dtype), torch.arange(30) % 4
+    for count in range(1, 18):
+        spectrum = grid(1.0, count)
+        true_loss, true_gradient = truth(logits, *Options(spectrum).arguments(logits, target))
+        loss, gradient = value_and_grad(
+            lambda z, s=spectrum: fused_cmi_loss(z, target, temperatures=s, backend="cpu"), logits
+        )
+        error = (gradient - true_gradient).norm() / true_gradient.norm()
+        assert abs(loss - true_loss) <= tolerance * true_loss, count
+        assert error <= tolerance, count
+
+
 def test_identical_rows_cost_nothing() -> None:
     logits = torch.randn(1, 300).expand(20, 300).contiguous().requires_grad_()
     target = torch.zeros(20, dtype=torch.int64)

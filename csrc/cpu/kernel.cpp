@@ -66,9 +66,10 @@ void cluster(const Job& job, const Cluster& cl, const Team& team, Workspace& ws)
       continue;
     }
     const int64_t K = job.temperatures, Cp = round_up(job.classes, Simd<float>::width);
+    const int64_t each_of_rest = 2 * sizeof(double) + sizeof(int),
+                  each_row = Cp * sizeof(float) + sizeof(double);
     RestArrays arrays;
-    arrays.w = reinterpret_cast<double*>(reserve(
-        ws.carry, K * 20 + cl.count * (Cp * int64_t(sizeof(float)) + 8)));  // two doubles and an int, a row
+    arrays.w = reinterpret_cast<double*>(reserve(ws.carry, K * each_of_rest + cl.count * each_row));
     arrays.coeff = arrays.w + K;
     Job first = part(job, 0, first_few);
     first.has_ce = false;
