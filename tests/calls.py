@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -160,3 +161,8 @@ def judged(
 
 def regime(name: str) -> Regime:
     return next(r for r in testing.regimes() if r.name == name)
+
+
+def pooled(results: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The tensors of several batches, one tuple for each, end to end: numbers become vectors."""
+    return tuple(torch.cat([torch.atleast_1d(t) for t in part]) for part in zip(*results, strict=True))

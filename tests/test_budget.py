@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import OPTIONS, Options, fused, judged, regime, spectrum
+from calls import OPTIONS, Options, fused, judged, pooled, regime, spectrum
 from conftest import Place
-from torch import Tensor
 
 from cmim_kernels.testing import (
     COLLAPSED_CMI,
@@ -24,30 +23,25 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def check(place: Place, regime: Regime, options: Options, dtype: torch.dtype, of: str) -> None:
     place.needs(dtype)
-    outs, truths, bases, targets = [], [], [], []
+    results = []
     seeds = SEEDS
     if place.interpreted:  # fewer, though not so few that luck decides
         seeds = SEEDS[: 4 if regime.make()[0].shape[1] < 300 else 2]
     for seed in seeds:
         logits, target = options.batch(regime, dtype, place.device, seed)
         call = fused if of == "loss" else spectrum
-        outs.append(tuple(t.cpu() for t in call(place, options, logits, target)))
+        out = (t.cpu() for t in call(place, options, logits, target))
         truth, base = judged(regime, options, dtype, seed, of)
-        truths.append(truth)
-        bases.append(base)
-        targets.append(target.cpu())
-
-    def together(results: list[tuple[Tensor, Tensor]], part: int) -> Tensor:
-        return torch.cat([torch.atleast_1d(result[part]) for result in results])
-
-    values, gradients = ([together(results, part) for results in (outs, truths, bases)] for part in (0, 1))
+        results.append((*out, *truth, *base, target.cpu()))
+    *parts, targets = pooled(results)
+    values, gradients = parts[::2], parts[1::2]
     if of == "spectrum" and values[1].abs().max() < COLLAPSED_CMI:
         pytest.skip("collapsed: judged by test_collapse")
     expected = torch.float32 if dtype != torch.float64 else torch.float64
     assert values[0].dtype == expected
     assert_within_budget(*values, what=of)
     assert gradients[0].dtype == dtype
-    assert_gradient_within_budget(*gradients, torch.cat(targets), options.ignore_index)
+    assert_gradient_within_budget(*gradients, targets, options.ignore_index)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

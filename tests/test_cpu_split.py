@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from calls import Options
+from calls import Options, pooled
 from torch import Tensor
 
 from cmim_kernels import TemperatureSpectrum, cmi_spectrum, fused_cmi_loss
@@ -65,8 +65,7 @@ def test_loss(grid: str, options: str, dtype: torch.dtype) -> None:
         out = value_and_grad(lambda z, y=target, kw=kwargs: fused_cmi_loss(z, y, backend="cpu", **kw), logits)
         both = *truth(logits, *arguments), *base(logits, *arguments)
         results.append((*out, *both, target))
-    parts = (torch.cat([torch.atleast_1d(t) for t in part]) for part in zip(*results, strict=True))
-    value, gradient, true_value, true_gradient, base_value, base_gradient, target = parts
+    value, gradient, true_value, true_gradient, base_value, base_gradient, target = pooled(results)
     assert_within_budget(value, true_value, base_value)
     assert_gradient_within_budget(gradient, true_gradient, base_gradient, target, call.ignore_index)
 

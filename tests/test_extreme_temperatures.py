@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import Options, fused, judged
+from calls import Options, fused, judged, pooled
 from conftest import Place
 from torch import Generator, Tensor
 
@@ -93,8 +93,7 @@ def test_loss_and_its_gradient(place: Place, grid: str, batch: str, name: str) -
             for w, a in zip(options.spectrum.weights, options.spectrum.inverse_temperatures, strict=True)
         )
         results.append((*out, *true, *plain, target.cpu(), torch.tensor(scale / rows)))
-    parts = (torch.cat([torch.atleast_1d(t) for t in part]) for part in zip(*results, strict=True))
-    value, gradient, true_value, true_gradient, base_value, base_gradient, target, scale = parts
+    value, gradient, true_value, true_gradient, base_value, base_gradient, target, scale = pooled(results)
     assert_within_budget(value, true_value, base_value)
     gradient = forgiven(gradient, true_gradient, float(scale[0]))
     assert_gradient_within_budget(gradient, true_gradient, base_gradient, target)
@@ -117,8 +116,7 @@ def test_divergence_of_every_temperature(place: Place, grid: str, batch: str) ->
             arguments = (target.cpu(), [a], [1.0], None, None, 0.0, 1.0, 0.0, -100, SPECTRUM)
             true, plain = truth(logits.cpu(), *arguments), base(logits.cpu(), *arguments)
             results.append((value[k : k + 1].cpu(), gradient.cpu(), *true, *plain, target.cpu()))
-        parts = (torch.cat(part) for part in zip(*results, strict=True))
-        value, gradient, true_value, true_gradient, base_value, base_gradient, target = parts
+        value, gradient, true_value, true_gradient, base_value, base_gradient, target = pooled(results)
         if true_value.max() < COLLAPSED_CMI:
             assert_collapse_accuracy(value, gradient, true_value, true_gradient)
             continue

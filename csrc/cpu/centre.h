@@ -72,10 +72,15 @@ struct Centre : Rows<float> {
       }
     });
     for (int k = 0; k < K; ++k) inv_sbar[k] = float(1 / sbar[k]);
-    if (job.has_ce)
-      one_sum = store_exponentials(one, Cp, [&](int64_t j) CMIM_INLINE_LAMBDA {
-        return at_least(load<V>(center + j) - top, kVanishes<float>);
-      });
+    if (job.has_ce) {
+      RowSum<float> sum;
+      for (int64_t j = 0; j < Cp; j += W) {
+        const V e = exp_nonpositive(at_least(load<V>(center + j) - top, kVanishes<float>));
+        store(one + j, e);
+        sum.add(j, e);
+      }
+      one_sum = sum.value();
+    }
     for (int64_t j = 0; j < Cp; j += W)
       each_mean<1>(K - 1, j, [&](int, V e) CMIM_INLINE_LAMBDA { store(weight + j, e * inv_sbar[K - 1]); });
   }

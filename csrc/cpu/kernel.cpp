@@ -65,19 +65,8 @@ void cluster(const Job& job, const Cluster& cl, const Team& team, Workspace& ws)
       if (reach == 0) return;
       continue;
     }
-    const int64_t K = job.temperatures, Cp = round_up(job.classes, Simd<float>::width);
-    const int64_t each_of_rest = 2 * sizeof(double) + sizeof(int),
-                  each_row = Cp * sizeof(float) + sizeof(double);
-    RestArrays arrays;
-    arrays.w = reinterpret_cast<double*>(reserve(ws.carry, K * each_of_rest + cl.count * each_row));
-    arrays.coeff = arrays.w + K;
-    Job first = part(job, 0, first_few);
-    first.has_ce = false;
-    first.carry_label = arrays.coeff + K;
-    first.carry = reinterpret_cast<float*>(first.carry_label + cl.count);
-    arrays.order = reinterpret_cast<int*>(first.carry + cl.count * Cp);
-    Job rest = rest_of_temperatures(job, first_few, arrays);
-    rest.carried = first.carry, rest.carried_label = first.carry_label;
+    const Carry carry(job, cl.count, ws);
+    const Job first = first_part(job, first_few, carry), rest = second_part(job, first_few, carry);
     reach = centred(first, cl, team, ws);
     if (reach != 0) continue;
     if (!all) return uncentred(rest, cl, team, ws);

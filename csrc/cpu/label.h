@@ -31,7 +31,6 @@ struct LabelColumn {
   LabelColumn(const Job& j, const Cluster& cl)
       : job(j), cluster(cl), n(cl.count), Kp(int(round_up(j.temperatures, D))) {}
 
-  template <class Layout>
   void place(Layout& layout) {
     for (double** of_row : {&p, &t, &mean}) layout.take(*of_row, n * Kp);
     layout.take(rest, kApart ? n * Kp : 0);
@@ -112,8 +111,8 @@ struct LabelColumn {
     set_t(log_sums);
   }
   void set_t(const double* log_sums) {
-    for (int k = job.temperatures; k < Kp; ++k) log_q[k] = 0, rho[k] = 0;
     const int K = job.temperatures;
+    for (int k = K; k < Kp; ++k) log_q[k] = 0, rho[k] = 0;
     for (int64_t i = 0; i < n; ++i) {
       for (int k0 = 0; k0 < Kp; k0 += D) {
         double* const to = t + i * Kp + k0;

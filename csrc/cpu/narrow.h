@@ -29,7 +29,7 @@ struct Narrow : Centre<kSource> {
   using Base::inv_sbar, Base::job, Base::K, Base::kChain, Base::kStride, Base::n, Base::one, Base::one_sum;
   using Base::q, Base::r, Base::r_ce, Base::sbar, Base::shift, Base::slots, Base::spread, Base::table,
       Base::tiles, Base::top, Base::X;
-  using typename Base::Layout, typename Base::V;
+  using typename Base::V;
   static constexpr int W = Base::W;
 
   float* G;          // (n, Cp) the gradient as far as it has come
@@ -41,10 +41,7 @@ struct Narrow : Centre<kSource> {
   float *pbar, *L;   // (slots, K, kStride) Pbar; log1p(vbar)
 
   Narrow(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl, whole) {
-    Layout layout{0};
-    place(layout);
-    layout.at = reinterpret_cast<int64_t>(reserve(ws.pass, layout.at));
-    place(layout);
+    lay_out(ws.pass, [&](Layout& layout) { place(layout); });
     for (int k = 0; k < K; ++k) a[k] = float(job.a[k]);
   }
   void place(Layout& layout) {
@@ -85,17 +82,11 @@ struct Narrow : Centre<kSource> {
       }
       for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = s[k];
     });
-    flush(i, tile);
+    flush_after(i, tile);
   }
 
-  void flush(int64_t i, int64_t tile) {
-    if (tile % kFlushTiles != kFlushTiles - 1 && tile != tiles - 1) return;
-    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(chunk)::value;
-      V lanes[N];
-      for (int k = 0; k < N; ++k) lanes[k] = acc[i * K + k0 + k], acc[i * K + k0 + k] = V{};
-      add_lanes<float, N>(lanes, sum + i * K + k0);
-    });
+  void flush_after(int64_t i, int64_t tile) {
+    if (tile % kFlushTiles == kFlushTiles - 1 || tile == tiles - 1) this->flush(i, acc, sum);
   }
 
   // Everything of a row that follows from its sums s. False: outside log1p_small's range.
@@ -201,7 +192,7 @@ struct Narrow : Centre<kSource> {
       }
       for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = kl[k];
     });
-    flush(i, tile);
+    flush_after(i, tile);
   }
 
   // The row's KL, in the place of its sum, and q, what P_k is multiplied by in the gradient

@@ -170,28 +170,41 @@ inline char* reserve(Scratch& ws, int64_t bytes) {
   return reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(ws.data), 64));
 }
 
+// Lays arrays out one after the other from an address.
+struct Layout {
+  int64_t at;
+  template <class P>
+  void take(P*& p, int64_t count) {
+    p = reinterpret_cast<P*>(at);
+    at += round_up(count * int64_t(sizeof(P)), 64);
+  }
+};
+// place(Layout&) takes every array: once to find their size, and once where they are.
+template <class F>
+void lay_out(Scratch& ws, F&& place) {
+  Layout size{0};
+  place(size);
+  Layout layout{reinterpret_cast<int64_t>(reserve(ws, size.at))};
+  place(layout);
+}
+
 // exp(x) is zero below this, with room to spare
 template <class T>
 constexpr T kVanishes = sizeof(T) == 4 ? T(-200) : T(-1500);
 
 constexpr int kFlushVectors = 256;  // sums in lanes of T go over to double this often, whatever C
 
-// to[j] = exp(value(j)) for whole vectors of Cp columns; returns their sum.
-template <class T, class F>
-CMIM_INLINE double store_exponentials(T* to, int64_t Cp, F&& value) {
-  constexpr int W = Simd<T>::width;
-  double sum = 0;
-  for (int64_t j0 = 0; j0 < Cp; j0 += kFlushVectors * W) {
-    Vec<T> part{};
-    for (int64_t j = j0; j < Cp && j < j0 + kFlushVectors * W; j += W) {
-      const Vec<T> e = exp_nonpositive(value(j));
-      store(to + j, e);
-      part += e;
-    }
-    sum += double(sum_lanes<T>(part));
+// The sum of a row's vectors, given in the order of its columns j
+template <class T>
+struct RowSum {
+  Vec<T> lanes{};
+  double total = 0;
+  CMIM_INLINE void add(int64_t j, Vec<T> v) {
+    lanes += v;
+    if (j / Simd<T>::width % kFlushVectors == kFlushVectors - 1) total = value(), lanes = Vec<T>{};
   }
-  return sum;
-}
+  CMIM_INLINE double value() const { return total + double(sum_lanes<T>(lanes)); }
+};
 
 // A row that only the cross entropy sees: a cluster of one, or no CMI at all.
 template <class T>
@@ -208,15 +221,13 @@ void entropy_row(const Job& job, const Cluster& cluster, int64_t i, Workspace& w
   T* const x = reinterpret_cast<T*>(reserve(ws.pass, Cp * int64_t(sizeof(T))));
   const T* const z = row_values(job, row, x);
   const T top = largest(z, job.classes);
-  V e_sum{};
-  double sum = 0;
+  RowSum<T> of_row;
   each_vector(z, job.classes, [&](int64_t j, V v) CMIM_INLINE_LAMBDA {
     const V e = exp_nonpositive(at_least(v - top, kVanishes<T>));
     store(x + j, e);
-    e_sum += e;
-    if (j / W % kFlushVectors == kFlushVectors - 1) sum += double(sum_lanes<T>(e_sum)), e_sum = V{};
+    of_row.add(j, e);
   });
-  sum += double(sum_lanes<T>(e_sum));
+  const double sum = of_row.value();
   if (job.row_ce)
     job.row_ce[cluster.position + i] = row_entropy_value(job, row, label, __builtin_log(sum), double(top));
   if (!job.grad) return;

@@ -207,16 +207,6 @@ struct Rows {
     return of + ((slots == 1 ? 0 : tile) * K + k0) * kStride - tile * cols;
   }
 
-  // Lays arrays out one after the other from an address.
-  struct Layout {
-    int64_t at;
-    template <class P>
-    void take(P*& p, int64_t count) {
-      p = reinterpret_cast<P*>(at);
-      at += round_up(count * int64_t(sizeof(P)), 64);
-    }
-  };
-
   void place(Layout& layout) {
     layout.take(X, n * Cp);
     layout.take(E, source == Source::chain ? n * Cp : source == Source::stored ? n * K * Cp : 0);
@@ -241,6 +231,17 @@ struct Rows {
     }
   }
   int64_t end_of(int64_t tile) const { return (tile + 1) * cols < Cp ? (tile + 1) * cols : Cp; }
+
+  // sums (n, K) += the lanes of `of` (n, K), which are zero afterwards
+  void flush(int64_t i, V* of, double* sums) const {
+    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(chunk)::value;
+      const int64_t at = i * K + k0;
+      V lanes[N];
+      for (int k = 0; k < N; ++k) lanes[k] = of[at + k], of[at + k] = V{};
+      add_lanes<T, N>(lanes, sums + at);
+    });
+  }
 
   bool own_ce() const { return job.has_ce && job.ce_index < 0; }
 

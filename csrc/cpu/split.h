@@ -91,21 +91,38 @@ inline Job part(const Job& job, int begin, int end) {
   return of;
 }
 
-// The temperatures that are left after the first `done`, and as many of those once more, for nothing, as make
-// chunks of eight: cheaper than the small chunks that five, six or seven temperatures take. `at` has room for
-// K of each array that differs.
-struct RestArrays {
-  double *w, *coeff;
+// What the first part of the temperatures leaves to the second, and what of the job differs there
+struct Carry {
+  double *w, *coeff, *label;
   int* order;
+  float* gradient;
+
+  Carry(const Job& job, int64_t rows, Workspace& ws) {
+    const int64_t K = job.temperatures, Cp = round_up(job.classes, Simd<float>::width);
+    lay_out(ws.carry, [&](Layout& layout) {
+      layout.take(w, K), layout.take(coeff, K), layout.take(order, K);
+      layout.take(label, rows), layout.take(gradient, rows * Cp);
+    });
+  }
 };
-inline Job rest_of_temperatures(const Job& job, int done, const RestArrays& at) {
+// The first `done` temperatures
+inline Job first_part(const Job& job, int done, const Carry& carry) {
+  Job first = part(job, 0, done);
+  first.has_ce = false;
+  first.carry = carry.gradient, first.carry_label = carry.label;
+  return first;
+}
+// Those that are left, and as many of the others once more, for nothing, as make chunks of eight: cheaper
+// than the small chunks that five, six or seven temperatures take.
+inline Job second_part(const Job& job, int done, const Carry& carry) {
   const int K = job.temperatures, left = (K - done) % 8, again = left >= 5 && done >= 8 - left ? 8 - left : 0;
   for (int k = done - again; k < K; ++k) {
-    at.w[k] = k < done ? 0 : job.w[k], at.coeff[k] = k < done ? 0 : job.coeff[k];
-    at.order[k] = k < done ? -1 : job.order[k];
+    carry.w[k] = k < done ? 0 : job.w[k], carry.coeff[k] = k < done ? 0 : job.coeff[k];
+    carry.order[k] = k < done ? -1 : job.order[k];
   }
   Job whole = job;
-  whole.w = at.w, whole.coeff = at.coeff, whole.order = at.order;
+  whole.w = carry.w, whole.coeff = carry.coeff, whole.order = carry.order;
+  whole.carried = carry.gradient, whole.carried_label = carry.label;
   return part(whole, done - again, K);
 }
 

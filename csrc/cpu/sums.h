@@ -29,7 +29,7 @@ struct RowSums : Rows<T> {
   T floor;        // of X: exp(a X) is 0 there at every temperature
 
   RowSums(const Job& j, const Cluster& cl, bool whole) : Base(j, cl, choose(j, cl), whole), label(j, cl) {}
-  void place(typename Base::Layout& layout) {
+  void place(Layout& layout) {
     Base::place(layout);
     layout.take(acc, n * K);
     layout.take(off, n * K + Simd<double>::width);
@@ -86,7 +86,7 @@ struct RowSums : Rows<T> {
       for (int64_t i = begin; i < end; ++i)
         this->own_ce() ? exponentials<kSource, true>(i) : exponentials<kSource, false>(i);
       for (int64_t i = begin; i < end; ++i) sum_row<kSource>(i);
-      for (int64_t i = begin; i < end; ++i) flush(i, acc, off);
+      for (int64_t i = begin; i < end; ++i) this->flush(i, acc, off);
       for (int64_t i = begin; i < end; ++i) scales<kSource>(i);
     });
   }
@@ -96,8 +96,7 @@ struct RowSums : Rows<T> {
   void exponentials(int64_t i) {
     T *const x = X + i * Cp, *const e = E + i * Cp, *const at_one = one + i * Cp;
     const T top = tops[i], base = T(job.base * kUnit<T, kSource>), floor = this->floor;
-    V sum{};
-    double total = 0;
+    RowSum<T> sum;
     each_vector(row_place(job, cluster.rows[i], x), C, [&](int64_t j, V v) CMIM_INLINE_LAMBDA {
       v = at_least(v - top, floor);
       store(x + j, v);
@@ -106,11 +105,10 @@ struct RowSums : Rows<T> {
         if constexpr (!kCareful) v = with_entry(v, cluster.label - j, floor);
         const V of_one = exp_nonpositive(v);
         store(at_one + j, of_one);
-        sum += of_one;
-        if (j / W % kFlushVectors == kFlushVectors - 1) total += double(sum_lanes<T>(sum)), sum = V{};
+        sum.add(j, of_one);
       }
     });
-    if constexpr (kOwn) sums_one[i] = total + double(sum_lanes<T>(sum));
+    if constexpr (kOwn) sums_one[i] = sum.value();
     if constexpr (!kCareful) {
       set_entry(x, cluster.label, floor);
       if constexpr (kSource == Source::chain) set_entry(e, cluster.label, T(0));
@@ -173,25 +171,13 @@ struct RowSums : Rows<T> {
     });
   }
 
-  // sums (n, K) += the lanes of `of` (n, K), which are zero afterwards
-  void flush(int64_t i, V* of, double* sums) {
-    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(chunk)::value;
-      const int64_t at = i * K + k0;
-      V lanes[N];
-      for (int k = 0; k < N; ++k) lanes[k] = of[at + k], of[at + k] = V{};
-      add_lanes<T, N>(lanes, sums + at);
-    });
-  }
-
   // What follows from the sums of a row
   template <Source kSource>
   void scales(int64_t i) {
-    const int64_t row = cluster.rows[i];
     double* const sums = off + i * K;  // their place until centre()
     double s_ce = this->own_ce() ? sums_one[i] : 0;
-    const double upstream = job.upstream ? job.upstream[row] : 1.0;
     const double* const inverse = label.set_row(i, double(tops[i]), double(floor), sums, s_ce);
+    const double upstream = label.upstream[i];
     const double inverse_ce = this->own_ce() ? 1 / s_ce : job.has_ce ? inverse[job.ce_index] : 0;
     this->set_row(i, inverse, inverse_ce, (kPerRow ? 1.0 : upstream) / kUnit<T, kSource>);
     if (this->own_ce() || !job.has_ce)

@@ -1,6 +1,6 @@
 // A cluster from its logits as they are, in float or double.
 //
-//   prepare(row)         X = z - max z, E = exp(base X), S_k = sum exp(a_k X), the cross entropy
+//   prepare()            X = z - max z, E = exp(base X), S_k = sum exp(a_k X), the cross entropy
 //   centroid(tile)       L_k = log Q_k, shifted by the mean over the rows of log S_k, which keeps t small
 //   accumulate(row)      t = a_k X - L_k = log(P/Q) up to a constant of the row;  H_k = sum_j P t;
 //                        G = sum_k c_k P t
@@ -51,12 +51,9 @@ struct Wide : RowSums<T, kPerRow> {
   T* G;                       // (chunks, n, Cp) sum_k c_k P t of the chunk's temperatures
 
   Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl, whole) {
-    typename Base::Layout layout{0};
-    place(layout);
-    layout.at = reinterpret_cast<int64_t>(reserve(ws.pass, layout.at));
-    place(layout);
+    lay_out(ws.pass, [&](Layout& layout) { place(layout); });
   }
-  void place(typename Base::Layout& layout) {
+  void place(Layout& layout) {
     Base::place(layout);
     layout.take(kl_acc, kCareful ? n * K : 0);
     layout.take(h_sum, n * K), layout.take(kl_sum, kCareful ? n * K : 0);
@@ -129,11 +126,10 @@ struct Wide : RowSums<T, kPerRow> {
           }
         }
       }
+      if (!kCareful || cluster.label < begin || cluster.label >= end) return;
       for (int k = 0; k < N; ++k) {
-        if (kCareful && cluster.label >= begin && cluster.label < end) {
-          log_label[k0 + k] = l[k * kStride + cluster.label];
-          if constexpr (kPerRow) rho_label[k0 + k] = rho_to[k * kStride + cluster.label];
-        }
+        log_label[k0 + k] = l[k * kStride + cluster.label];
+        if constexpr (kPerRow) rho_label[k0 + k] = rho_to[k * kStride + cluster.label];
       }
     });
   }
