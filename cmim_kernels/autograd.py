@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import Backend
-from .reference import MEAN, SUM, reference_loss
+from .reference import reference_loss
 
 # ce_weight, cmi_weight, label_smoothing, ignore_index, reduction
 Numbers = tuple[float, float, float, int, int]
 
-_WITH_ONE_UPSTREAM = (MEAN, SUM)
 # The gradient of these is kept in their own dtype: those that are not rounded at all, and bfloat16, which is
 # rounded where it is computed. The upstream gradient is nearly always a power of two (one, a loss scale, one
 # part of two, four, ...), by which a multiplication does not round again: bfloat16 has float32's exponents.
@@ -50,9 +49,8 @@ def differentiable_loss(
     call = (backend, a, w, numbers)
     value: Tensor
     if (
-        backend.SAVED_IS_GRADIENT
-        and numbers[4] in _WITH_ONE_UPSTREAM
-        and logits.dtype in _KEPT_IN_THEIR_DTYPE
+        logits.dtype in _KEPT_IN_THEIR_DTYPE
+        and backend.keeps_gradient(logits, numbers[4])
         and not torch.compiler.is_compiling()
     ):
         value = _apply_owned(logits, target, class_weight, centroids, call)

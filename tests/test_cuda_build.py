@@ -62,10 +62,11 @@ FAKES = [
 class FakeCuda:
     """The backend as tracing sees it: the registered operators, of which only the fakes run."""
 
-    NAME, SAVED_IS_GRADIENT = cuda.NAME, cuda.SAVED_IS_GRADIENT
+    NAME = cuda.NAME
     loss, loss_backward = torch.ops.cmim_kernels.loss.default, torch.ops.cmim_kernels.loss_backward.default
     class_centroids = torch.ops.cmim_kernels.class_centroids.default
-    refuses, saved_shape = staticmethod(cuda.refuses), staticmethod(cuda.saved_shape)
+    refuses, keeps_gradient = staticmethod(cuda.refuses), staticmethod(cuda.keeps_gradient)
+    saved_like = staticmethod(cuda.saved_like)
 
     @staticmethod
     def unusable() -> None:
@@ -92,7 +93,10 @@ def test_fakes_of_the_operators(traced: None, name: str, reduction: str, dtype: 
         args: tuple[Any, ...] = (target, a, w, None, None, 1.0, 1.0, 0.0, -100, number)
         value, saved = FakeCuda.loss(logits, *args, True)
         assert_fake(value, shape, compute)
-        assert_fake(saved, cuda.saved_shape(logits, k, number, True), compute)
+        kept = number != SPECTRUM and reduction != "none" and dtype != torch.float16
+        assert cuda.keeps_gradient(logits, number) == kept
+        assert_fake(saved, *cuda.saved_like(logits, k, number, True))
+        assert saved.dtype == (dtype if kept else compute)
         assert_fake(FakeCuda.loss_backward(torch.empty_like(value), saved, logits, *args), (n, c), dtype)
     centroids, counts = FakeCuda.class_centroids(logits, target, a, -100)
     assert_fake(centroids, (k, c, c), compute)

@@ -193,7 +193,46 @@ def test_what_is_saved_has_the_shape_that_tracing_is_told() -> None:
     for a in ((1.0,), EIGHT, tuple(k / 9 for k in range(1, 10)), (0.3, 1.7, 2.0)):
         logits, target = clusters(1.5, n=20)
         _, saved = backend.loss(logits, *arguments(target, a=a), True)
-        assert tuple(saved.shape) == backend.saved_shape(logits, len(a), MEAN, True)
+        assert (tuple(saved.shape), saved.dtype) == backend.saved_like(logits, len(a), MEAN, True)
+        _, saved = backend.loss(logits, *arguments(target, SPECTRUM, a), True)
+        assert (tuple(saved.shape), saved.dtype) == backend.saved_like(logits, len(a), SPECTRUM, True)
+        _, saved = backend.loss(logits, *arguments(target, a=a), False)
+        assert (tuple(saved.shape), saved.dtype) == backend.saved_like(logits, len(a), MEAN, False)
+
+
+@pytest.mark.parametrize("width", [1.5, 1e-3], ids=["wide", "collapsed"])
+class TestTheKeptGradient:
+    """Forward left the gradient for an upstream gradient of one: backward scales it, or computes it again."""
+
+    def gradients(self, dtype: torch.dtype, width: float, upstream: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What forward kept, what backward makes of it, and what backward makes without it."""
+        backend = emulated()
+        logits, target = clusters(width, n=40)
+        target[::7] = -100
+        logits, args = logits.to(dtype), arguments(target, label_smoothing=0.1)
+        value, kept = backend.loss(logits, *args, True)
+        before, g = kept.clone(), torch.full_like(value, upstream)
+        scaled = backend.loss_backward(g, kept, logits, *args)
+        assert same_bits(kept, before)
+        return kept, scaled, backend.loss_backward(g, kept.new_empty(0), logits, *args)
+
+    @pytest.mark.parametrize("upstream", [0.25, 0.3])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_is_scaled(self, width: float, dtype: torch.dtype, upstream: float) -> None:
+        kept, scaled, again = self.gradients(dtype, width, upstream)
+        assert same_bits(scaled, kept * torch.tensor(upstream, dtype=dtype))
+        assert (scaled - again).norm() <= 2 * torch.finfo(dtype).eps * again.norm()
+
+    def test_is_scaled_by_powers_of_two(self, width: float) -> None:
+        """In bfloat16 these do not round what was rounded."""
+        kept, scaled, again = self.gradients(torch.bfloat16, width, 0.25)
+        assert same_bits(scaled, 0.25 * kept)
+        assert same_bits(scaled, again)
+
+    def test_is_rounded_once(self, width: float) -> None:
+        kept, scaled, again = self.gradients(torch.bfloat16, width, 0.3)
+        assert same_bits(scaled, again)
+        assert not same_bits(scaled, 0.3 * kept)
 
 
 def test_a_device_without_room_is_a_clear_error() -> None:

@@ -20,9 +20,10 @@ from cmim_kernels.selfcheck import mismatch
 
 def broken(**changed: Any) -> Any:
     """The CPU backend with some of its functions replaced."""
-    names = ("unusable", "refuses", "saved_shape", "loss", "loss_backward", "class_centroids")
+    names = ("unusable", "refuses", "saved_like", "loss", "loss_backward", "class_centroids")
     functions = {name: getattr(cpu, name) for name in names}
-    return SimpleNamespace(NAME="cuda", SAVED_IS_GRADIENT=False, **functions | changed)
+    functions["keeps_gradient"] = lambda logits, reduction: False
+    return SimpleNamespace(NAME="cuda", **functions | changed)
 
 
 def wrong_gradient(*arguments: Any) -> Tensor:

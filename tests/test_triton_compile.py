@@ -184,7 +184,7 @@ def test_traces_for_a_gpu_that_is_not_there(
         numbers = (1.0, 1.0, 0.0, -100, {"mean": MEAN, "none": NONE}[reduction])
         arguments = (logits, target, [0.5, 1.0], [0.5, 0.5], None, None, *numbers)
         value, saved = backend.loss(*arguments, True)
-        assert saved.shape == backend.saved_shape(logits, 2, numbers[-1], True)
+        assert (saved.shape, saved.dtype) == backend.saved_like(logits, 2, numbers[-1], True)
         gradient = backend.loss_backward(value, saved, *arguments)
         assert (gradient.shape, gradient.dtype) == (logits.shape, dtype)
         for result in (value, spectrum, centroids, counts, saved, gradient):

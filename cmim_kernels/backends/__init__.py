@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -22,21 +23,22 @@ class Backend(Protocol):
 
     NAME: str
 
-    # True if for reduction mean and sum `saved` is the gradient (N, C) for an upstream gradient of one, in
-    # the compute dtype. It may then be given away: `loss_backward` gets an empty tensor instead, and computes
-    # again.
-    SAVED_IS_GRADIENT: bool
-
     def unusable(self) -> str | None:
         """Why this backend cannot be used in this process at all; None if it can."""
 
     def refuses(self, logits: Tensor, temperatures: int, /) -> str | None:
         """Why it cannot serve this call (device, dtype, size), without reading any data; None if it can."""
 
-    def saved_shape(
+    def keeps_gradient(self, logits: Tensor, reduction: int, /) -> bool:
+        """Whether `saved` is the gradient (N, C) for an upstream gradient of one, of logits that need one.
+
+        It may then be given away: `loss_backward` gets an empty tensor instead, and computes again.
+        """
+
+    def saved_like(
         self, logits: Tensor, temperatures: int, reduction: int, save: bool, /
-    ) -> tuple[int, ...]:
-        """The shape of `saved`, which has the compute dtype; for tracing."""
+    ) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of `saved`; for tracing."""
 
     def loss(
         self,

@@ -1,7 +1,7 @@
 """The C++ kernels for CPU tensors: the compiled library `cmim_kernels/_cpu*.so`, built from `csrc/`.
 
-With reduction mean and sum, `saved` is the gradient for an upstream gradient of one, (N, C) in `saved_dtype`:
-while the exponentials of a cluster are at hand, its gradient costs little more. Else it is empty.
+With reduction mean and sum, `saved` is the gradient for an upstream gradient of one, (N, C): while the
+exponentials of a cluster are at hand, its gradient costs little more. Else it is empty.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 from ..reference import MEAN, NONE, SPECTRUM, SUM
 
 NAME = "cpu"
-SAVED_IS_GRADIENT = True
 
 
 def _load() -> str | None:
@@ -51,17 +50,24 @@ def refuses(logits: Tensor, temperatures: int) -> str | None:
     return None if logits.is_cpu else f"it serves CPU tensors, logits is on {logits.device}"
 
 
-def saved_shape(logits: Tensor, temperatures: int, reduction: int, save: bool) -> tuple[int, ...]:
-    """(N, C) if there is a gradient to keep, else (0,)."""
-    return tuple(logits.shape) if save and reduction in (MEAN, SUM) else (0,)
+def keeps_gradient(logits: Tensor, reduction: int) -> bool:
+    """Where one number scales it."""
+    return reduction in (MEAN, SUM)
 
 
-def saved_dtype(logits: Tensor) -> torch.dtype:
-    """The compute dtype, so that the one rounding comes last; bfloat16 is kept as it is, see `autograd`."""
-    return torch.bfloat16 if logits.dtype == torch.bfloat16 else _compute_dtype(logits)
+def saved_like(
+    logits: Tensor, temperatures: int, reduction: int, save: bool
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """(N, C) if there is a gradient to keep, else (0,).
+
+    In the compute dtype, so that the one rounding comes last; bfloat16 is kept as it is, see `autograd`.
+    """
+    dtype = torch.bfloat16 if logits.dtype == torch.bfloat16 else compute_dtype(logits)
+    return tuple(logits.shape) if save and keeps_gradient(logits, reduction) else (0,), dtype
 
 
-def _compute_dtype(logits: Tensor) -> torch.dtype:
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """Of the loss and of all arithmetic."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
@@ -71,10 +77,9 @@ def _fake_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     k = len(inverse_temperatures)
     shape = {NONE: logits.shape[:1], SPECTRUM: (k,)}.get(reduction, ())
     backend = import_module(f"{__package__}.{'cuda' if logits.is_cuda else 'cpu'}")
-    dtype = _compute_dtype(logits)
-    kept = dtype if logits.is_cuda else saved_dtype(logits)
-    saved = logits.new_empty(backend.saved_shape(logits, k, reduction, save), dtype=kept)
-    return logits.new_empty(shape, dtype=dtype), saved
+    saved_shape, saved_dtype = backend.saved_like(logits, k, reduction, save)
+    saved = logits.new_empty(saved_shape, dtype=saved_dtype)
+    return logits.new_empty(shape, dtype=compute_dtype(logits)), saved
 
 
 def _fake_loss_backward(grad: Tensor, saved: Tensor, logits: Tensor, *args: object) -> Tensor:
@@ -85,7 +90,7 @@ def _fake_class_centroids(
     logits: Tensor, target: Tensor, inverse_temperatures: list[float], ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     k, c = len(inverse_temperatures), logits.shape[1]
-    return logits.new_empty((k, c, c), dtype=_compute_dtype(logits)), target.new_empty((c,))
+    return logits.new_empty((k, c, c), dtype=compute_dtype(logits)), target.new_empty((c,))
 
 
 if _WHY_UNUSABLE is None:

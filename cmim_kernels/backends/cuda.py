@@ -1,7 +1,8 @@
 """The CUDA kernels for NVIDIA GPUs: the compiled library `cmim_kernels/_cuda*.so`, built from `csrc/cuda/`.
 
-`saved` holds statistics of the rows, (K, N) and smaller, from which backward computes the gradient anew; see
-`Saved` in csrc/cuda/problem.h.
+A typical batch with reduction mean or sum goes all the way to its gradient in the forward kernel, which
+leaves it in `saved`, in the logits' dtype. Else `saved` holds statistics of the rows, (K, N) and smaller,
+from which backward computes the gradient; see `Saved` in csrc/cuda/problem.h.
 
 A label out of range cannot be found by the host without waiting for the device. The kernels never read
 through one; they make the loss NaN and leave the row and the label in a word of host memory, from which the
@@ -15,14 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..reference import MEAN, SUM
 from . import cpu
 
 NAME = "cuda"
-SAVED_IS_GRADIENT = False
 
 MAX_TEMPERATURES = 64
 _MAX_SIZE = (2**31 - 1) // 128  # of N and of C: kMaxSize in csrc/cuda/problem.h
 _CHUNK = 8  # temperatures that the kernels' statistics are padded to
+_TYPICAL_ROWS, _TYPICAL_ELEMENTS = 4096, 8 << 20  # as in csrc/cuda/launch.cpp
 
 
 def _load() -> str | None:
@@ -70,10 +72,22 @@ def refuses(logits: Tensor, temperatures: int) -> str | None:
     return None
 
 
-def saved_shape(logits: Tensor, temperatures: int, reduction: int, save: bool) -> tuple[int, ...]:
-    """As `saved_elements` in csrc/cuda/problem.h."""
+def keeps_gradient(logits: Tensor, reduction: int) -> bool:
+    """As `can_keep_gradient` in csrc/cuda/launch.cpp."""
+    if reduction not in (MEAN, SUM) or logits.dtype == torch.float16:
+        return False
+    return logits.shape[0] <= _TYPICAL_ROWS and logits.numel() <= _TYPICAL_ELEMENTS
+
+
+def saved_like(
+    logits: Tensor, temperatures: int, reduction: int, save: bool
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """The gradient, or `saved_elements` of csrc/cuda/problem.h."""
+    if save and keeps_gradient(logits, reduction):
+        return tuple(logits.shape), logits.dtype
     padded = (temperatures + _CHUNK - 1) // _CHUNK * _CHUNK
-    return (logits.shape[0] * (3 * padded + 7) + 4,)
+    elements = logits.shape[0] * (3 * padded + 7) + 4
+    return (elements if save else 0,), cpu.compute_dtype(logits)
 
 
 def check_labels() -> None:

@@ -36,7 +36,6 @@ from ._triton.plan import (
 )
 
 NAME = "triton"
-SAVED_IS_GRADIENT = False
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -65,10 +64,18 @@ def refuses(logits: Tensor, temperatures: int) -> str | None:
     return None
 
 
-def saved_shape(logits: Tensor, temperatures: int, reduction: int, save: bool) -> tuple[int, ...]:
+def keeps_gradient(logits: Tensor, reduction: int) -> bool:
+    """Never: backward computes it from statistics of the rows."""
+    return False
+
+
+def saved_like(
+    logits: Tensor, temperatures: int, reduction: int, save: bool
+) -> tuple[tuple[int, ...], torch.dtype]:
     """One row of words; see `_triton/plan.py`."""
     n, c = logits.shape
-    return (make_plan(n, c, temperatures, reduction == NONE, False).saved if save and n > 0 else 0,)
+    words = make_plan(n, c, temperatures, reduction == NONE, False).saved if save and n > 0 else 0
+    return (words,), torch.float32
 
 
 class _Call:
@@ -348,7 +355,8 @@ def _value_shape(logits: Tensor, k: int, reduction: int) -> tuple[int, ...]:
 def _fake_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     k, reduction, save = len(args[1]), args[9], args[10]
     value = logits.new_empty(_value_shape(logits, k, reduction), dtype=torch.float32)
-    return value, logits.new_empty(saved_shape(logits, k, reduction, save), dtype=torch.float32)
+    shape, dtype = saved_like(logits, k, reduction, save)
+    return value, logits.new_empty(shape, dtype=dtype)
 
 
 def _fake_loss_backward(grad: Tensor, saved: Tensor, logits: Tensor, *args: Any) -> Tensor:

@@ -24,48 +24,39 @@ __device__ void class_dots(Block<T>& b, const Backward<typename T::A>& w) {
 
   const Constants3<T> c(b);
   const Tiling t = b.tiling(2);
-  const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes, batch = b.batch_rows(t);
-  const int parts = t.lanes > kWarp ? t.lanes / kWarp : 1;
 #pragma unroll 1
   for (int c0 = 0; c0 < q.classes; c0 += t.columns) {
-    const int j = c0 + lane * kVector;
     build_gradient_tables<kMixed>(b, t, c0, true, w.upstream);
+    clear_padding(b, t, 2);
+    const int columns = q.classes - c0 < t.columns ? q.classes - c0 : t.columns;
 #pragma unroll 1
-    for (int row0 = 0; row0 < b.count; row0 += batch) {
-      const int rows = b.rows_in_batch(row0, batch);
+    for (int row0 = 0; row0 < b.count; row0 += kBatch) {
+      const int rows = b.rows_in_batch(row0, kBatch), lanes = lanes_for_rows(rows, columns);
 #pragma unroll 1
       for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
-        Plain<T> form;
         stage_rows<Plain<T>>(b, row0, rows, k0, nullptr);
+        b.sum_over_columns(
+            rows, lanes, c.sums,
+            [&](int i, int lane, A(&dot)[T::kChunk]) {
+              Plain<T> form;
 #pragma unroll 1
-        for (int i0 = 0; i0 < rows; i0 += t.groups) {
-          const int i = i0 + group;
-          A dot[T::kChunk] = {};
-          if (i < rows && j < q.classes) {
-            form.load(b, b.data()[i], i, j, k0);
+              for (int column = lane * kVector; column < columns; column += lanes * kVector) {
+                form.load(b, i, row0 + i, c0 + column, k0);
 #pragma unroll
-            for (int k = 0; k < T::kChunk; ++k) {
-              const A* rho = b.table() + (q.padded + k0 + k) * t.columns + lane * kVector;
+                for (int k = 0; k < T::kChunk; ++k) {
+                  const A* const rho = b.table() + ((q.padded + k0 + k) << t.shift) + column;
 #pragma unroll
-              for (int u = 0; u < kVector; ++u)
-                dot[k] = form.add_mean_term(q, k0 + k, u, rho[u], A(0), dot[k]);
-              form.next();
-            }
-          }
-          deposit_sums(dot, t.lanes, c.sums + (i * parts + lane / kWarp) * T::kChunk);
-        }
-        __syncthreads();
-#pragma unroll 1
-        for (int at = threadIdx.x; at < rows * T::kChunk; at += kThreads) {
-          const int i = at / T::kChunk, k = at - i * T::kChunk;
-          A total = 0;
-#pragma unroll 1
-          for (int part = 0; part < parts; ++part) total += c.sums[(i * parts + part) * T::kChunk + k];
-          const int64_t to = b.statistic(row0 + i, k0 + k);
-          total /= b.saved.sum[to];
-          w.dots[to] = c0 == 0 ? total : total + w.dots[to];
-        }
-        __syncthreads();
+                  for (int u = 0; u < kVector; ++u)
+                    dot[k] = form.add_mean_term(q, k0 + k, u, rho[u], A(0), dot[k]);
+                  form.next();
+                }
+              }
+            },
+            [&](int i, int k, A total) {
+              const int64_t to = b.statistic(row0 + i, k0 + k);
+              total /= b.saved.sum[to];
+              w.dots[to] = c0 == 0 ? total : total + w.dots[to];
+            });
       }
     }
   }
@@ -93,7 +84,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
   const auto& q = p.problem;
   const auto& w = p.backward;
   Block<T> b(q, p.saved, w.table_bytes, 0);
-  const int parts = parts_of_each(w.items, int(p.saved.totals[kPresent]), w.parts);
+  const auto* const totals = p.saved.totals;
+  const Divisors<typename T::A> by{totals[kKept], totals[kWeightSum], totals[kSmoothingSum]};
+  const int parts = parts_of_each(w.items, int(totals[kPresent]), w.parts);
 #pragma unroll 1
   for (int64_t item = blockIdx.x; item < int64_t(q.slots) * parts; item += gridDim.x) {
     const int slot = int(item % q.slots);
@@ -103,10 +96,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     if (share.begin >= share.end) continue;
     if (b.centred) find_largest_column(b);
     const bool cluster = q.has_cmi && (b.count > 1 || q.centroids);
+    const bool with_rho = cluster && q.reduction == kNone && !q.centroids;
     if (b.centred)
-      class_gradient<true>(b, w, share, cluster);
+      class_gradient<true>(b, w, by, share, cluster, with_rho, false);
     else
-      class_gradient<false>(b, w, share, cluster);
+      class_gradient<false>(b, w, by, share, cluster, with_rho, false);
   }
   other_rows_gradient<T>(q, w);
 }

@@ -141,7 +141,7 @@ class Sorted {
 std::tuple<Tensor, Tensor> loss(Tensor logits, Tensor target, Doubles a, Doubles w,
                                 std::optional<Tensor> class_weight, std::optional<Tensor> centroids,
                                 double ce_weight, double cmi_weight, double label_smoothing,
-                                int64_t ignore_index, int64_t reduction, bool) {
+                                int64_t ignore_index, int64_t reduction, bool save) {
   const Call call = make_call(logits, target, a, w, class_weight, centroids, ce_weight, cmi_weight,
                               label_smoothing, ignore_index, reduction);
   cmim::cuda::check_labels();
@@ -149,21 +149,24 @@ std::tuple<Tensor, Tensor> loss(Tensor logits, Tensor target, Doubles a, Doubles
   std::vector<int64_t> shape;
   if (call.reduction == cmim::cuda::kNone) shape = {call.rows};
   if (call.reduction == cmim::cuda::kSpectrum) shape = {int64_t(a.size())};
+  Tensor value = empty(logits, shape, type);
+  // the gradient, what it is computed from, or nothing
+  const bool keep = save && cmim::cuda::can_keep_gradient(call);
+  const int64_t statistics = save ? cmim::cuda::saved_elements(call.rows, int64_t(a.size())) : 0;
+  Tensor saved = keep ? empty(logits, {call.rows, call.classes}, logits.scalar_type())
+                      : empty(logits, {statistics}, type);
   if (call.rows == 0) {
     const bool nan = call.reduction == cmim::cuda::kMean || call.reduction == cmim::cuda::kSpectrum;
-    const Tensor value = empty(logits, shape, type);
-    return {torch::stable::fill_(value, nan ? std::numeric_limits<double>::quiet_NaN() : 0.0),
-            empty(logits, {cmim::cuda::saved_elements(0, call.a.size())}, type)};
+    return {torch::stable::fill_(value, nan ? std::numeric_limits<double>::quiet_NaN() : 0.0), saved};
   }
   const OnDevice device(logits);
-  Tensor value = empty(logits, shape, type);
-  Tensor saved = empty(logits, {cmim::cuda::saved_elements(call.rows, int64_t(a.size()))}, type);
   Tensor scratch = empty(logits, {cmim::cuda::forward_scratch(call)}, type);
   std::optional<Sorted> sorted;
   if (cmim::cuda::wants_sorted_targets(call)) sorted.emplace(target);
+  void* const kept = saved.mutable_data_ptr();
   cmim::cuda::forward(call, sorted ? sorted->pointers() : cmim::cuda::SortedTargets{},
-                      value.mutable_data_ptr(), saved.mutable_data_ptr(), scratch.mutable_data_ptr(),
-                      device.stream());
+                      value.mutable_data_ptr(), save && !keep ? kept : nullptr, keep ? kept : nullptr,
+                      scratch.mutable_data_ptr(), device.stream());
   return {value, saved};
 }
 
@@ -196,12 +199,22 @@ Tensor loss_backward(Tensor grad, Tensor saved, Tensor logits, Tensor target, Do
                                                                      : 1;
   STD_TORCH_CHECK(same_device(grad, logits) && grad.scalar_type() == type && grad.numel() == expected,
                   "grad: expected ", expected, " elements in the compute type, on the device of logits");
-  STD_TORCH_CHECK(saved.is_contiguous() && saved.scalar_type() == type && same_device(saved, logits) &&
-                      saved.numel() == cmim::cuda::saved_elements(call.rows, int64_t(a.size())),
+  const bool keeps = cmim::cuda::can_keep_gradient(call), given_away = keeps && saved.numel() == 0;
+  const int64_t elements =
+      keeps ? call.rows * call.classes : cmim::cuda::saved_elements(call.rows, int64_t(a.size()));
+  STD_TORCH_CHECK(given_away || (saved.is_contiguous() && same_device(saved, logits) &&
+                                 saved.scalar_type() == (keeps ? logits.scalar_type() : type) &&
+                                 saved.numel() == elements),
                   "saved: expected what the forward operator returned");
   Tensor out = empty(logits, {call.rows, call.classes}, logits.scalar_type());
   if (call.rows == 0) return out;
   const OnDevice device(logits);
+  if (keeps) {
+    Tensor scratch = empty(logits, {cmim::cuda::forward_scratch(call)}, type);
+    cmim::cuda::backward_of_kept(call, grad.const_data_ptr(), given_away ? nullptr : saved.const_data_ptr(),
+                                 out.mutable_data_ptr(), scratch.mutable_data_ptr(), device.stream());
+    return out;
+  }
   Tensor scratch = empty(logits, {cmim::cuda::backward_scratch(call)}, type);
   cmim::cuda::backward(call, grad.const_data_ptr(), grad.dim() == 1 ? grad.stride(0) : 0,
                        saved.mutable_data_ptr(), out.mutable_data_ptr(), scratch.mutable_data_ptr(),

@@ -8,8 +8,17 @@ namespace cmim::cuda {
 // How a tile of columns is spread over the block: `groups` groups of `lanes` threads, kVector columns each
 // thread; every group takes rows of its own.
 struct Tiling {
-  int lanes, groups, columns;
+  int lanes, groups, columns, shift;  // columns = 1 << shift
 };
+
+// Threads that share a row, where every row is gone through by itself: all of them for one row, a warp each
+// for many, fewer for short rows.
+__device__ inline int lanes_for_rows(int rows, int columns) {
+  const int vectors = power_of_two_at_least((columns + kVector - 1) / kVector);
+  int lanes = kThreads / power_of_two_at_least(rows < kThreads ? rows : kThreads);
+  if (lanes < kWarp) lanes = kWarp;
+  return lanes < vectors ? lanes : vectors;
+}
 
 template <class T>
 struct Block {
@@ -23,6 +32,7 @@ struct Block {
   uint64_t centred;  // mask of the temperatures that are computed in the centred form
   unsigned staged;   // which constants are there, see stage()
   bool on_chip;      // the class's rows have been copied into shared memory
+  bool powers_kept;  // and there is room for one exponential of each logit, see row_statistics()
 
   __device__ Block(const Problem<A>& problem, const Saved<A>& s, int bytes_of_table, int bytes_of_chip)
       : q(problem), saved(s), table_bytes(bytes_of_table), chip_bytes(bytes_of_chip) {
@@ -42,19 +52,23 @@ struct Block {
   __device__ static const S** data() { return shared<const S*>(Sizes<A>::combine + Sizes<A>::constants); }
   __device__ static A* top() { return reinterpret_cast<A*>(data() + kBatch); }
   __device__ static Difference<A>* shift() { return reinterpret_cast<Difference<A>*>(top() + kBatch); }
-  // kWarps * 8 numbers for reductions, and 32 integers
+  // kWarps * 8 numbers for reductions, and 5 * kWarps integers
   __device__ static A* scratch() { return reinterpret_cast<A*>(shift() + kBatch); }
   __device__ static int* flags() { return reinterpret_cast<int*>(scratch() + kWarps * 8); }
   // Numbers for each temperature and column of the tile
   __device__ static A* table() { return shared<A>(Sizes<A>::fixed); }
+  // The class's rows, -inf up to the next multiple of 16 bytes; then the exponentials of powers_kept.
   __device__ S* chip() const { return shared<S>(Sizes<A>::fixed + table_bytes); }
   __device__ int chip_stride() const {
     return (q.classes * int(sizeof(S)) + 15) / 16 * (16 / int(sizeof(S)));
   }
+  __device__ A* kept_powers(int row) const {
+    return reinterpret_cast<A*>(chip() + count * chip_stride()) + row * chip_stride();
+  }
 
   __device__ void set_class(int first_position, int rows, uint64_t mask) {
     first = first_position, count = rows, centred = mask;
-    on_chip = false;
+    on_chip = powers_kept = false;
     staged = ~0u;
   }
   __device__ uint64_t every_temperature() const { return ~uint64_t(0) >> (64 - q.temperatures); }
@@ -71,13 +85,15 @@ struct Block {
     return static_cast<const S*>(q.logits) + saved.row[first + row] * q.row_stride;
   }
   __device__ Row<S> row_at(const S* at) const {
-    if (on_chip) return {at, 1, q.classes, true};
+    if (on_chip) return {at, 1, chip_stride(), true};
     return {at, q.col_stride, q.classes, q.vector4};
   }
 
   // Copies the class's rows into shared memory if there is room; then a barrier.
   __device__ void bring_rows() {
-    if (int64_t(count) * chip_stride() * int(sizeof(S)) > chip_bytes) return;
+    const int64_t numbers = int64_t(count) * chip_stride();
+    if (numbers * int(sizeof(S)) > chip_bytes) return;
+    powers_kept = T::kChain && numbers * int(sizeof(S) + sizeof(A)) <= chip_bytes;
     constexpr int per_word = 16 / int(sizeof(S));
     const int words = q.vector16 ? q.classes / per_word : 0;
 #pragma unroll 1
@@ -85,11 +101,15 @@ struct Block {
       const int row = i / words, j = (i - row * words) * per_word;
       copy16(chip() + row * chip_stride() + j, row_data(row) + j);
     }
-    const int done = words * per_word, left = q.classes - done;
+    const int done = words * per_word, left = chip_stride() - done;
 #pragma unroll 1
     for (int i = threadIdx.x; i < count * left; i += kThreads) {
       const int row = i / left, j = done + i - row * left;
-      chip()[row * chip_stride() + j] = row_data(row)[j * q.col_stride];
+      S& to = chip()[row * chip_stride() + j];
+      if (j < q.classes)
+        to = row_data(row)[j * q.col_stride];
+      else
+        narrow(-infinity<A>(), q.storage, to);
     }
     wait_for_copies();
     __syncthreads();
@@ -103,10 +123,10 @@ struct Block {
     int lanes = widest;
     while (lanes > 1 && (lanes > room || lanes > wanted)) lanes /= 2;
     if (lanes < kThreads / kBatch) lanes = kThreads / kBatch;
-    return {lanes, kThreads / lanes, lanes * kVector};
+    int shift = 0;
+    while (1 << shift < lanes * kVector) ++shift;
+    return {lanes, kThreads / lanes, lanes * kVector, shift};
   }
-  // Rows of a batch: as many as the groups' sums have room for in `constants`
-  __device__ int batch_rows(const Tiling& t) const { return t.lanes > kWarp ? kBatch / 2 : kBatch; }
 
   __device__ int rows_in_batch(int row0, int rows) const { return count - row0 < rows ? count - row0 : rows; }
 
@@ -132,42 +152,73 @@ struct Block {
     __syncthreads();
   }
 
-  // Adds up what the groups of a tile found, mean[k][u] in each thread, for the temperatures in `wanted`, to
-  // sums[k][column of the tile] in shared memory; then finish(k, column) for each. Barrier after.
+  // Adds up what the groups of a tile found, mean[k][u] in each thread, for the temperatures in `wanted`:
+  // to[k][column of the tile] in shared memory = finish(k, column, sum). Barrier after.
   template <class Finish>
-  __device__ void combine_groups(const Tiling& t, const A (&mean)[T::kChunk][kVector], unsigned wanted,
-                                 A* sums, Finish finish) {
+  __device__ void combine_groups(const Tiling& t, const A (&mean)[T::kChunk][kVector], unsigned wanted, A* to,
+                                 Finish finish) {
     constexpr int half = T::kChunk / 2;
-    const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes;
+    const int column = threadIdx.x % t.lanes * kVector, group = threadIdx.x / t.lanes;
     if (t.groups == 1) {
+      // a thread's own columns, which it puts down in between, since it cannot count through its registers
 #pragma unroll
       for (int k = 0; k < T::kChunk; ++k)
-        if (wanted >> k & 1) store_four(sums + k * t.columns + lane * kVector, mean[k]);
-    } else {
-#pragma unroll
-      for (int k0 = 0; k0 < T::kChunk; k0 += half) {
-#pragma unroll
-        for (int k = 0; k < half; ++k)
-          store_four(combine() + (group * half + k) * t.columns + lane * kVector, mean[k0 + k]);
-        __syncthreads();
+        if (wanted >> k & 1) store_four(to + k * t.columns + column, mean[k]);
 #pragma unroll 1
-        for (int i = threadIdx.x; i < half * t.columns; i += kThreads) {
-          if (!(wanted >> (k0 + i / t.columns) & 1)) continue;
-          A sum = 0;
-#pragma unroll 1
-          for (int g = 0; g < t.groups; ++g) sum += combine()[g * half * t.columns + i];
-          sums[k0 * t.columns + i] = sum;
-        }
-        __syncthreads();
+      for (int k = 0; k < T::kChunk; ++k) {
+        if (!(wanted >> k & 1)) continue;
+        A four[kVector];
+        load_four(to + k * t.columns + column, four);
+#pragma unroll
+        for (int u = 0; u < kVector; ++u) four[u] = finish(k, column + u, four[u]);
+        store_four(to + k * t.columns + column, four);
       }
+      __syncthreads();
+      return;
     }
-    __syncthreads();
+#pragma unroll
+    for (int k0 = 0; k0 < T::kChunk; k0 += half) {
+#pragma unroll
+      for (int k = 0; k < half; ++k)
+        store_four(combine() + (group * half + k) * t.columns + column, mean[k0 + k]);
+      __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < T::kChunk * t.columns; i += kThreads) {
-      const int k = i / t.columns;
-      if (wanted >> k & 1) finish(k, i - k * t.columns);
+      for (int i = threadIdx.x; i < half * t.columns; i += kThreads) {
+        const int k = k0 + (i >> t.shift);
+        if (!(wanted >> k & 1)) continue;
+        A sum = 0;
+#pragma unroll 1
+        for (int g = 0; g < t.groups; ++g) sum += combine()[g * half * t.columns + i];
+        to[k0 * t.columns + i] = finish(k, i & (t.columns - 1), sum);
+      }
+      __syncthreads();
     }
-    __syncthreads();
+  }
+
+  // Sums over columns for each of the rows 0 .. rows - 1, a group of `lanes` threads to a row: visit(row,
+  // lane, sum) adds a thread's part, finish(row, k, total) comes once for each. `sums` has room for kThreads
+  // * kChunk numbers of shared memory. Barrier after.
+  template <class Visit, class Finish>
+  __device__ void sum_over_columns(int rows, int lanes, A* sums, Visit visit, Finish finish) const {
+    const int groups = kThreads / lanes, lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
+    const int parts = lanes > kWarp ? lanes / kWarp : 1;  // a row's sums come from that many warps
+#pragma unroll 1
+    for (int i0 = 0; i0 < rows; i0 += groups) {
+      A sum[T::kChunk] = {};
+      if (i0 + group < rows) visit(i0 + group, lane, sum);
+      deposit_sums(sum, lanes, sums + (group * parts + lane / kWarp) * T::kChunk);
+      __syncthreads();
+#pragma unroll 1
+      for (int at = threadIdx.x; at < groups * T::kChunk; at += kThreads) {
+        const int g = at / T::kChunk, k = at - g * T::kChunk;
+        if (i0 + g >= rows) continue;
+        A total = 0;
+#pragma unroll 1
+        for (int part = 0; part < parts; ++part) total += sums[(g * parts + part) * T::kChunk + k];
+        finish(i0 + g, k, total);
+      }
+      __syncthreads();
+    }
   }
 };
 

@@ -11,14 +11,14 @@ namespace cmim::cuda {
 template <class A>
 constexpr A kCollapsed = sizeof(A) == 4 ? A(3e-2) : A(1e-9);
 
-// From what centred_sums() left in `sums`: saved.growth. Barrier after.
+// From what centred_sums() left in `sums`: saved.growth of the temperatures in `centred`. Barrier after.
 template <class T>
-__device__ inline void finish_centred_sums(const Block<T>& b, const typename T::A* sums) {
+__device__ inline void finish_centred_sums(const Block<T>& b, uint64_t centred, const typename T::A* sums) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < b.count * b.q.padded; i += kThreads) {
     const int row = i / b.q.padded, k = i - row * b.q.padded;
     const int64_t at = b.statistic(row, k);
-    b.saved.growth[at] = log1p_of(sums[at] / b.saved.sum[b.statistic(0, k)]);
+    if (centred >> k & 1) b.saved.growth[at] = log1p_of(sums[at] / b.saved.sum[b.statistic(0, k)]);
   }
   __syncthreads();
 }
@@ -64,7 +64,7 @@ __device__ inline typename T::A kl_of(const Block<T>& b, int row, int k, const t
   if (b.q.centroids) return kl[at];
   const A divergence = b.saved.divergence[at];
   if (b.centred >> k & 1) return divergence;
-  const A nats = divergence + log_positive(b.saved.sum[b.statistic(0, k)] / b.saved.sum[at]);
+  const A nats = divergence + log_positive(plain_scale(b, k) / b.saved.sum[at]);
   return nats < A(0) ? A(0) : nats;  // rounding; keeps a NaN
 }
 

@@ -40,6 +40,28 @@ __device__ inline Share share_of(const Block<T>& b, int part, int parts) {
   return {begin, end < b.q.classes ? end : b.q.classes, lanes, (tiles + each - 1) / each};
 }
 
+// The plain form's scale of a class, see forms.cuh. Kept where the class's first row has its growth at the
+// temperatures that are centred.
+template <class T>
+__device__ inline typename T::A plain_scale(const Block<T>& b, int k) {
+  return b.saved.growth[b.statistic(0, k)];
+}
+template <class T>
+__device__ inline void choose_scales(const Block<T>& b) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll 1
+  for (int k = warp; k < q.padded; k += kWarps) {
+    A total = 0;
+#pragma unroll 1
+    for (int row = lane; row < b.count; row += kWarp) total += b.saved.sum[b.statistic(row, k)];
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) total += from_lane(total, distance);
+    if (lane == 0) b.saved.growth[b.statistic(0, k)] = total / A(b.count);
+  }
+  __syncthreads();
+}
+
 // Where the constants of a batch lie: three numbers for each row and temperature of a chunk, then the sums.
 template <class T>
 struct Constants3 {
@@ -104,7 +126,7 @@ __device__ inline void stage_rows(Block<T>& b, int row0, int rows, int k0, const
           c.weight[at] = g * exp_of(-growth);
           c.loss[at] = -g * expm1_of(-growth);
         } else {
-          c.weight[at] = g * (b.saved.sum[b.statistic(0, k0 + k)] / b.saved.sum[from]);
+          c.weight[at] = g * (plain_scale(b, k0 + k) / b.saved.sum[from]);
           if constexpr (Form::kForm == kGiven) {
             c.weight[at] = A(1) / b.saved.sum[from];
             c.level[at] = log_positive(b.saved.sum[from]);
@@ -113,25 +135,24 @@ __device__ inline void stage_rows(Block<T>& b, int row0, int rows, int k0, const
       });
 }
 
-// Sums of the form's mean terms over the class's rows, for those temperatures of a chunk that are wanted, to
-// sums[k - k0][column of the tile]; then finish(k - k0, column) for each. Barrier after.
+// Sums of the form's mean terms over the class's rows, for those temperatures of a chunk that are wanted:
+// to[k - k0][column of the tile] = finish(k - k0, column, sum). Barrier after.
 template <class Form, class T, class Finish>
-__device__ inline void sum_over_rows(Block<T>& b, Form& form, const Tiling& t, int c0, int k0,
-                                     uint64_t wanted, const typename T::A* upstream, typename T::A* sums,
-                                     Finish finish) {
+__device__ inline void sum_over_rows(Block<T>& b, const Tiling& t, int c0, int k0, uint64_t wanted,
+                                     const typename T::A* upstream, typename T::A* to, Finish finish) {
   using A = typename T::A;
   const Constants3<T> c(b);
-  const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes;
-  const int j = c0 + lane * kVector, batch = b.batch_rows(t);
+  const int group = threadIdx.x / t.lanes, j = c0 + threadIdx.x % t.lanes * kVector;
+  Form form;
   A mean[T::kChunk][kVector] = {};
 #pragma unroll 1
-  for (int row0 = 0; row0 < b.count; row0 += batch) {
-    const int rows = b.rows_in_batch(row0, batch);
+  for (int row0 = 0; row0 < b.count; row0 += kBatch) {
+    const int rows = b.rows_in_batch(row0, kBatch);
     stage_rows<Form>(b, row0, rows, k0, upstream);
     if (j < b.q.classes) {
 #pragma unroll 1
       for (int i = group; i < rows; i += t.groups) {
-        form.load(b, b.data()[i], i, j, k0);
+        form.load(b, i, row0 + i, j, k0);
         A weight[kVector] = {}, loss[kVector] = {};  // of four temperatures
 #pragma unroll
         for (int k = 0; k < T::kChunk; ++k) {
@@ -148,41 +169,39 @@ __device__ inline void sum_over_rows(Block<T>& b, Form& form, const Tiling& t, i
       }
     }
   }
-  b.combine_groups(t, mean, unsigned(wanted >> k0), sums, finish);
+  b.combine_groups(t, mean, unsigned(wanted >> k0), to, finish);
 }
 
 // The tables of the tile that starts at column c0, see forms.cuh: (padded, columns), for the centred form
 // followed by Q if `with_centroid`. Only the temperatures in `wanted`.
 template <class Form, class T>
-__device__ inline void build_tables(Block<T>& b, Form& form, const Tiling& t, int c0, uint64_t wanted,
+__device__ inline void build_tables(Block<T>& b, const Tiling& t, int c0, uint64_t wanted,
                                     bool with_centroid) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
+  const A n = A(b.count), per_row = A(1) / n;
 #pragma unroll 1
   for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
     if (!b.in_chunk(wanted, k0)) continue;
-    A* const raw = b.table() + k0 * t.columns;
+    A* const table = b.table() + (k0 << t.shift);
     sum_over_rows<Form>(
-        b, form, t, c0, k0, wanted, static_cast<const A*>(nullptr), raw, [&](int k, int column) {
-          A* const at = raw + k * t.columns + column;
-          k += k0;
-          // divided, not multiplied by 1/n: that would be off by the same part everywhere, and so would KL
-          const A mean = *at / A(b.count);
+        b, t, c0, k0, wanted, static_cast<const A*>(nullptr), table, [&](int k, int column, A sum) {
+          // Divided, not multiplied by 1/n: that would be off by the same part everywhere, and so would KL.
+          const A mean = divided(sum, n, per_row);
           if constexpr (Form::kForm == kCentred) {
-            *at = log1p_of(mean);
-            const int j = c0 + column;
-            if (!with_centroid) return;
-            A centroid = 0;
-            if (j < q.classes) {
-              const int64_t from = b.on_chip ? j : j * q.col_stride;
-              const A x = larger(widen(b.row_data(0)[from], q.storage) - b.saved.top[b.first], q.floor);
-              centroid = exp_nonpositive(q.a[k] * x) / b.saved.sum[b.statistic(0, k)];
+            if (with_centroid) {
+              const int j = c0 + column;
+              A centroid = 0;
+              if (j < q.classes) {
+                const int64_t from = b.on_chip ? j : j * q.col_stride;
+                const A x = larger(widen(b.row_data(0)[from], q.storage) - b.saved.top[b.first], q.floor);
+                centroid = exp_nonpositive(q.a[k0 + k] * x) / b.saved.sum[b.statistic(0, k0 + k)];
+              }
+              table[((q.padded + k) << t.shift) + column] = centroid * (A(1) + mean);
             }
-            at[q.padded * t.columns] = centroid * (A(1) + mean);
-          } else {
-            *at =
-                mean > A(0) ? log_positive(mean) : mean;  // keeps a NaN; a class masked throughout has P = 0
+            return log1p_of(mean);
           }
+          return mean > A(0) ? log_positive(mean) : mean;  // keeps a NaN; a class masked throughout has P = 0
         });
   }
 }
@@ -195,8 +214,8 @@ __device__ inline void load_tables(Block<T>& b, const Tiling& t, int c0) {
   const int label = b.label();
   __syncthreads();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < q.padded * t.columns; i += kThreads) {
-    const int k = i / t.columns, j = c0 + i - k * t.columns;
+  for (int i = threadIdx.x; i < q.padded << t.shift; i += kThreads) {
+    const int k = i >> t.shift, j = c0 + (i & (t.columns - 1));
     A given = 0;
     if (k < q.temperatures && j < q.classes)
       given = q.centroids[(int64_t(q.order[k]) * q.classes + label) * q.classes + j];
@@ -215,58 +234,47 @@ __device__ inline void divergences(Block<T>& b, const Tiling& t, int begin, int 
   using A = typename T::A;
   const Problem<A>& q = b.q;
   const Constants3<T> c(b);
-  const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes, batch = b.batch_rows(t);
-  const int parts = t.lanes > kWarp ? t.lanes / kWarp : 1;  // a row's sums come from that many warps
-  Form form;
 #pragma unroll 1
   for (int c0 = begin; c0 < end; c0 += t.columns) {
-    const int j = c0 + lane * kVector;
-    form.enter_tile(b, j);
     if constexpr (Form::kForm == kGiven)
       load_tables(b, t, c0);
     else
-      build_tables(b, form, t, c0, wanted, true);
+      build_tables<Form>(b, t, c0, wanted, true);
+    const int columns = end - c0 < t.columns ? end - c0 : t.columns;
 #pragma unroll 1
-    for (int row0 = 0; row0 < b.count; row0 += batch) {
-      const int rows = b.rows_in_batch(row0, batch);
+    for (int row0 = 0; row0 < b.count; row0 += kBatch) {
+      const int rows = b.rows_in_batch(row0, kBatch), lanes = lanes_for_rows(rows, columns);
 #pragma unroll 1
       for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
         if (!b.in_chunk(wanted, k0)) continue;
         stage_rows<Form>(b, row0, rows, k0, nullptr);
+        b.sum_over_columns(
+            rows, lanes, c.sums,
+            [&](int i, int lane, A(&sum)[T::kChunk]) {
+              Form form;
 #pragma unroll 1
-        for (int i0 = 0; i0 < rows; i0 += t.groups) {
-          const int i = i0 + group;
-          A sum[T::kChunk] = {};
-          if (i < rows && j < q.classes) {
-            form.load(b, b.data()[i], i, j, k0);
+              for (int column = lane * kVector; column < columns; column += lanes * kVector) {
+                form.load(b, i, row0 + i, c0 + column, k0);
 #pragma unroll
-            for (int k = 0; k < T::kChunk; ++k) {
-              const A* const table = b.table() + (k0 + k) * t.columns + lane * kVector;
-              A log_ratio[kVector], centroid[kVector] = {};
-              load_four(table, log_ratio);
-              if (Form::kTables == 2) load_four(table + q.padded * t.columns, centroid);
-              const A weight = c.weight[i * T::kChunk + k], level = c.level[i * T::kChunk + k];
+                for (int k = 0; k < T::kChunk; ++k) {
+                  const A* const table = b.table() + ((k0 + k) << t.shift) + column;
+                  A log_ratio[kVector], centroid[kVector] = {};
+                  load_four(table, log_ratio);
+                  if (Form::kTables == 2) load_four(table + (q.padded << t.shift), centroid);
+                  const A weight = c.weight[i * T::kChunk + k], level = c.level[i * T::kChunk + k];
 #pragma unroll
-              for (int u = 0; u < kVector; ++u)
-                sum[k] =
-                    form.add_divergence_term(q, k0 + k, u, weight, level, log_ratio[u], centroid[u], sum[k]);
-              form.next();
-            }
-          }
-          deposit_sums(sum, t.lanes, c.sums + (i * parts + lane / kWarp) * T::kChunk);
-        }
-        __syncthreads();
-#pragma unroll 1
-        for (int at = threadIdx.x; at < rows * T::kChunk; at += kThreads) {
-          const int i = at / T::kChunk, k = at - i * T::kChunk;
-          A sum = 0;
-#pragma unroll 1
-          for (int part = 0; part < parts; ++part) sum += c.sums[(i * parts + part) * T::kChunk + k];
-          const int64_t to = b.statistic(row0 + i, k0 + k);
-          if (Form::kForm == kPlain) sum /= b.saved.sum[to];
-          out[to] = c0 == begin ? sum : out[to] + sum;
-        }
-        __syncthreads();
+                  for (int u = 0; u < kVector; ++u)
+                    sum[k] = form.add_divergence_term(q, k0 + k, u, weight, level, log_ratio[u], centroid[u],
+                                                      sum[k]);
+                  form.next();
+                }
+              }
+            },
+            [&](int i, int k, A sum) {
+              const int64_t to = b.statistic(row0 + i, k0 + k);
+              if (Form::kForm == kPlain) sum /= b.saved.sum[to];
+              out[to] = c0 == begin ? sum : out[to] + sum;
+            });
       }
     }
   }

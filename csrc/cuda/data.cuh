@@ -132,9 +132,11 @@ struct Powers;
 template <class A>
 struct Powers<A, true> {
   A y, base, now;
-  __device__ void start(const Problem<A>& q, A x, int k0) {
+  __device__ void start(const Problem<A>& q, A x, int k0) { start(q, x, k0, exp_nonpositive(x * q.unit)); }
+  // The same where exp(unit x) is known
+  __device__ void start(const Problem<A>& q, A x, int k0, A first) {
     y = x * q.unit;
-    base = exp_nonpositive(y);
+    base = first;
     now = q.multiple[k0] == A(1) ? base : exp_nonpositive(q.multiple[k0] * y);
   }
   __device__ A power(const Problem<A>&, int) const { return now; }

@@ -38,6 +38,20 @@ __device__ inline void wait_for_copies() {
 #endif
 }
 
+// The larger one; NaN if either is
+__device__ inline float larger_or_nan(float x, float y) {
+#if defined(CMIM_EMULATED)
+  return x != x ? x : y > x || y != y ? y : x;
+#else
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+#endif
+}
+__device__ inline double larger_or_nan(double x, double y) {
+  return x != x ? x : y > x || y != y ? y : x;
+}
+
 template <class A>
 __device__ inline A from_lane(A v, int distance) {
   return __shfl_xor_sync(kEveryLane, v, distance);
@@ -75,7 +89,7 @@ struct Plus {
 struct Larger {
   template <class A>
   __device__ A operator()(A x, A y) const {
-    return larger(x, y);
+    return larger_or_nan(x, y);
   }
 };
 template <int N, class A>
@@ -120,6 +134,13 @@ __device__ inline void deposit_sums(A (&v)[K], int lanes, A* to) {
 #pragma unroll
   for (; distance > 0; distance /= 2) v[0] += from_lane(v[0], distance);
   if (lane % (kWarp / K) == 0) to[lane / (kWarp / K)] = v[0];
+}
+
+// x / n, rounded once, for a number n at hand with its reciprocal
+template <class A>
+__device__ inline A divided(A x, A n, A reciprocal) {
+  const A quotient = x * reciprocal;
+  return fma(fma(-quotient, n, x), reciprocal, quotient);
 }
 
 __device__ inline int power_of_two_at_least(int n) {

@@ -3,9 +3,9 @@
 //
 // Plain, for temperatures at which the rows differ visibly. x = z - top, L = log sum_j exp(a x):
 //   P = exp(a x - L)
-//   mean_term = exp(L0) P         L0 = L of the class's first row, which keeps the numbers near 1
-//   table = log(mean P) + L0
-//   t' = a x - table = log(P/Q) + (L - L0): a constant of the row off, which cancels in P (t - KL)
+//   mean_term = scale P           scale = the mean of exp(L), which keeps the numbers near 1
+//   table = log(mean P) + log scale
+//   t' = a x - table = log(P/Q) + (L - log scale): a constant of the row off, which cancels in P (t - KL)
 //
 // Centred, for those at which the class has collapsed and t is far smaller than the rounding of logits. z0 is
 // the class's first row, P0 its softmax, and j0 its largest entry:
@@ -40,13 +40,26 @@ struct Plain {
 
   Powers<A, T::kChain> powers[kVector];
 
-  __device__ void enter_tile(const Block<T>&, int) {}
-
-  __device__ void load(const Block<T>& b, const typename T::S* row, int i, int j, int k0) {
+  // Row i of the batch, `row` of the class
+  __device__ void load(const Block<T>& b, int i, int row, int j, int k0) {
     A z[kVector];
-    load_vector(b.row_at(row), j, b.q.storage, z);
+    load_vector(b.row_at(b.data()[i]), j, b.q.storage, z);
+    const A top = b.top()[i];
+    if constexpr (T::kChain) {
+      A first[kVector];
+      if (b.powers_kept) {
+        load_four(b.kept_powers(row) + j, first);
+      } else {
 #pragma unroll
-    for (int u = 0; u < kVector; ++u) powers[u].start(b.q, larger(z[u] - b.top()[i], b.q.floor), k0);
+        for (int u = 0; u < kVector; ++u)
+          first[u] = exp_nonpositive(larger(z[u] - top, b.q.floor) * b.q.unit);
+      }
+#pragma unroll
+      for (int u = 0; u < kVector; ++u) powers[u].start(b.q, larger(z[u] - top, b.q.floor), k0, first[u]);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kVector; ++u) powers[u].start(b.q, larger(z[u] - top, b.q.floor), k0);
+    }
   }
   __device__ void next() {
 #pragma unroll
@@ -88,10 +101,10 @@ struct Centred {
   A z0[kVector];
   A d[kVector], v[kVector], step[kVector];
 
-  __device__ void enter_tile(const Block<T>& b, int j) {
+  __device__ void take_offsets(const Block<T>& b, const typename T::S* row, int j, Difference<A> shift) {
+    A z[kVector];
+    load_vector(b.row_at(row), j, b.q.storage, z);
     load_vector(b.row_at(b.row_data(0)), j, b.q.storage, z0);
-  }
-  __device__ void take_offsets(const A (&z)[kVector], Difference<A> shift) {
 #pragma unroll
     for (int u = 0; u < kVector; ++u) d[u] = offset(z[u], z0[u], shift);
   }
@@ -103,10 +116,8 @@ struct Centred {
         v[u] = q.multiple[k0] == A(1) ? step[u] : expm1_of(q.a[k0] * d[u]);
       }
   }
-  __device__ void load(const Block<T>& b, const typename T::S* row, int i, int j, int k0) {
-    A z[kVector];
-    load_vector(b.row_at(row), j, b.q.storage, z);
-    take_offsets(z, b.shift()[i]);
+  __device__ void load(const Block<T>& b, int i, int, int j, int k0) {
+    take_offsets(b, b.data()[i], j, b.shift()[i]);
     start(b.q, k0);
   }
   __device__ void next() {

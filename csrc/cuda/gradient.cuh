@@ -20,16 +20,21 @@ namespace cmim::cuda {
 
 // What multiplies KL_k and CE in the loss, upstream included, but for g_i
 template <class A>
-__device__ inline A divergence_scale(const Problem<A>& q, const Saved<A>& s, const Backward<A>& w, int k) {
-  if (q.reduction == kSpectrum) return w.grad[q.order[k] * w.grad_stride] / s.totals[kKept];
-  const A scale = q.cmi_weight * q.weight[k];
-  if (q.reduction == kNone) return scale;
-  return scale * w.grad[0] / (q.reduction == kMean ? s.totals[kKept] : A(1));
+__device__ inline A upstream_of(const Backward<A>& w, int64_t at) {
+  return w.grad ? w.grad[at] : A(1);
 }
 template <class A>
-__device__ inline A cross_entropy_scale(const Problem<A>& q, const Saved<A>& s, const Backward<A>& w) {
+__device__ inline A divergence_scale(const Problem<A>& q, const Divisors<A>& by, const Backward<A>& w,
+                                     int k) {
+  if (q.reduction == kSpectrum) return upstream_of(w, q.order[k] * w.grad_stride) / by.rows;
+  const A scale = q.cmi_weight * q.weight[k];
+  if (q.reduction == kNone) return scale;
+  return scale * upstream_of(w, 0) / (q.reduction == kMean ? by.rows : A(1));
+}
+template <class A>
+__device__ inline A cross_entropy_scale(const Problem<A>& q, const Divisors<A>& by, const Backward<A>& w) {
   if (q.reduction == kNone) return q.ce_weight;
-  return q.ce_weight * w.grad[0] / (q.reduction == kMean ? s.totals[kWeightSum] : A(1));
+  return q.ce_weight * upstream_of(w, 0) / (q.reduction == kMean ? by.weights : A(1));
 }
 
 // What the parts of a row's gradient are multiplied by
@@ -60,8 +65,8 @@ __device__ inline Coefficients<typename T::A> coefficients(const Block<T>& b) {
 // `cluster`: the class's divergences count.
 template <bool kMixed, class T>
 __device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>& w,
-                                      const Coefficients<typename T::A>& c, int row0, int rows,
-                                      bool cluster) {
+                                      const Divisors<typename T::A>& by, const Coefficients<typename T::A>& c,
+                                      int row0, int rows, bool cluster) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
   b.stage(
@@ -73,10 +78,10 @@ __device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>
           const Difference<A> shift = shift_of(b, row);
           b.shift()[i] = shift;
         }
-        const A scale = q.has_ce ? cross_entropy_scale(q, b.saved, w) * g : A(0);
+        const A scale = q.has_ce ? cross_entropy_scale(q, by, w) * g : A(0);
         const A hard = scale * (A(1) - q.smoothing) * (q.class_weight ? q.class_weight[b.label()] : A(1));
         const A smooth = scale * q.smoothing / A(q.classes);
-        const A both = q.smoothing > A(0) ? fma(smooth, b.saved.totals[kSmoothingSum], hard) : hard;
+        const A both = q.smoothing > A(0) ? fma(smooth, by.smoothing, hard) : hard;
         c.ce_scale[i] = q.has_ce ? both / b.saved.ce_sum[position] : A(0);
         c.ce_target[i] = hard;
         c.ce_smooth[i] = smooth;
@@ -94,7 +99,7 @@ __device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>
         const A row_sum = b.saved.sum[from], divergence = b.saved.divergence[from];
         const A g = q.reduction == kNone ? w.grad[b.saved.row[b.first + row] * w.grad_stride] : A(1);
         const A dot = q.reduction == kNone && !q.centroids ? w.dots[from] : A(0);
-        const A each = divergence_scale(q, b.saved, w, k) * q.a[k] / row_sum;
+        const A each = divergence_scale(q, by, w, k) * q.a[k] / row_sum;
         const A scale = T::kChain ? each * g : A(1);
         const bool centred = kMixed && (b.centred >> k & 1);
         const A level = centred ? b.saved.growth[from] : q.centroids ? log_positive(row_sum) : A(0);
@@ -119,44 +124,43 @@ __device__ inline void build_gradient_tables(Block<T>& b, const Tiling& t, int c
                                              const typename T::A* upstream) {
   using A = typename T::A;
   const uint64_t all = b.every_temperature();
-  A* const rho = b.table() + b.q.padded * t.columns;
+  A* const rho = b.table() + (b.q.padded << t.shift);
   const auto build = [&](auto form, uint64_t wanted) {
     using F = decltype(form);
-    form.enter_tile(b, c0 + int(threadIdx.x) % t.lanes * kVector);
-    build_tables(b, form, t, c0, wanted, false);
+    build_tables<F>(b, t, c0, wanted, false);
 #pragma unroll 1
     for (int k0 = 0; with_rho && k0 < b.q.padded; k0 += T::kChunk) {
       if (!b.in_chunk(wanted, k0)) continue;
-      const int from = k0 * t.columns;
-      sum_over_rows<F>(b, form, t, c0, k0, wanted, upstream, rho + from, [&](int k, int column) {
-        const int at = from + k * t.columns + column;
-        rho[at] *= exp_of(-b.table()[at]) / A(b.count);
+      const int from = k0 << t.shift;
+      sum_over_rows<F>(b, t, c0, k0, wanted, upstream, rho + from, [&](int k, int column, A sum) {
+        return sum * exp_of(-b.table()[from + (k << t.shift) + column]) / A(b.count);
       });
     }
   };
   build(Plain<T>(), kMixed ? all & ~b.centred : all);
   if constexpr (kMixed) build(Centred<T>(), b.centred);
-  // what lies beyond the last temperature has coefficients of zero, and must be finite
-#pragma unroll 1
-  for (int i = b.q.temperatures * t.columns + threadIdx.x; i < b.q.padded * t.columns; i += kThreads) {
-    b.table()[i] = 0;
-    if (with_rho) rho[i] = 0;
-  }
 }
 
-// g += the divergences' part, for one row and kVector columns
+// What lies beyond the last temperature has coefficients of zero, and must be finite.
+template <class T>
+__device__ inline void clear_padding(const Block<T>& b, const Tiling& t, int tables) {
+#pragma unroll 1
+  for (int table = 0; table < tables; ++table)
+#pragma unroll 1
+    for (int i = (b.q.temperatures << t.shift) + int(threadIdx.x); i < b.q.padded << t.shift; i += kThreads)
+      b.table()[(table * b.q.padded << t.shift) + i] = 0;
+}
+
+// g += the divergences' part, for one row and kVector columns; base = exp(unit x) of a chain
 template <bool kMixed, class T>
 __device__ inline void add_divergences(const Problem<typename T::A>& q, const Coefficients<typename T::A>& c,
                                        int i, const typename T::A* table, int columns, bool with_rho,
                                        const typename T::A (&x)[kVector], const typename T::A (&d)[kVector],
-                                       typename T::A (&g)[kVector]) {
+                                       const typename T::A (&base)[kVector], typename T::A (&g)[kVector]) {
   using A = typename T::A;
-  A y[kVector], base[kVector];
+  A y[kVector];
 #pragma unroll
-  for (int u = 0; u < kVector; ++u) {
-    y[u] = x[u] * q.unit;
-    if constexpr (T::kChain) base[u] = exp_nonpositive(y[u]);
-  }
+  for (int u = 0; u < kVector; ++u) y[u] = x[u] * q.unit;
   constexpr int run =
       4;  // temperatures that follow from one exponential; its rounding counts fourfold at most
 #pragma unroll 1
@@ -191,52 +195,68 @@ __device__ inline void add_divergences(const Problem<typename T::A>& q, const Co
   }
 }
 
-// The gradient of the class's rows in a share of the columns. `cluster`: its divergences count.
+// The gradient of the class's rows in a share of the columns. `cluster`: its divergences count. `at_hand`:
+// the tables of the share's one tile are what the plain form's divergences left.
 template <bool kMixed, class T>
-__device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>& w, const Share& share,
-                                      bool cluster) {
+__device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>& w,
+                                      const Divisors<typename T::A>& by, const Share& share, bool cluster,
+                                      bool with_rho, bool at_hand) {
   using A = typename T::A;
   using S = typename T::S;
   const Problem<A>& q = b.q;
-  const bool with_rho = cluster && q.reduction == kNone && !q.centroids;
   const Tiling t = b.tiling(with_rho || q.centroids ? 2 : 1, share.lanes);
   const Coefficients<A> c = coefficients(b);
-  const int label = b.label(), end = share.end;
-  const int lane = threadIdx.x % t.lanes, group = threadIdx.x / t.lanes;
+  const int label = b.label();
 #pragma unroll 1
-  for (int c0 = share.begin; c0 < end; c0 += t.columns) {
-    const int j = c0 + lane * kVector;
+  for (int c0 = share.begin; c0 < share.end; c0 += t.columns) {
     if (cluster && q.centroids) load_tables(b, t, c0);
-    if (cluster && !q.centroids) build_gradient_tables<kMixed>(b, t, c0, with_rho, w.upstream);
-    A z0[kVector];
-    if (kMixed) load_vector(b.row_at(b.row_data(0)), j, q.storage, z0);
+    if (cluster && !q.centroids && !at_hand) build_gradient_tables<kMixed>(b, t, c0, with_rho, w.upstream);
+    if (cluster && !q.centroids) clear_padding(b, t, with_rho ? 2 : 1);
+    const int columns = share.end - c0 < t.columns ? share.end - c0 : t.columns;
 #pragma unroll 1
     for (int row0 = 0; row0 < b.count; row0 += c.rows) {
       const int rows = b.rows_in_batch(row0, c.rows);
-      stage_gradient<kMixed>(b, w, c, row0, rows, cluster);
-      if (j >= end) continue;
+      stage_gradient<kMixed>(b, w, by, c, row0, rows, cluster);
+      const int lanes = lanes_for_rows(rows, columns);
 #pragma unroll 1
-      for (int i = group; i < rows; i += t.groups) {
-        A z[kVector], x[kVector], d[kVector], g[kVector] = {};
-        load_vector(b.row_at(b.data()[i]), j, q.storage, z);
-#pragma unroll
-        for (int u = 0; u < kVector; ++u) {
-          x[u] = larger(z[u] - b.top()[i], q.floor);
-          d[u] = kMixed ? offset(z[u], z0[u], b.shift()[i]) : A(0);
-        }
-        if (cluster)
-          add_divergences<kMixed, T>(q, c, i, b.table() + lane * kVector, t.columns, with_rho, x, d, g);
-        if (q.has_ce) {
-#pragma unroll
-          for (int u = 0; u < kVector;
-               ++u)  // first its own terms, whose difference may be small beside either
-            g[u] += fma(c.ce_scale[i], exp_nonpositive(x[u]), j + u == label ? -c.ce_target[i] : A(0));
-          if (q.smoothing > A(0))
-            for (int u = 0; u < kVector && j + u < end; ++u)
-              g[u] -= c.ce_smooth[i] * (q.class_weight ? q.class_weight[j + u] : A(1));
-        }
+      for (int i = threadIdx.x / lanes; i < rows; i += kThreads / lanes) {
+        const Row<S> row = b.row_at(b.data()[i]), row_of_first = b.row_at(b.row_data(0));
         S* const to = static_cast<S*>(w.out) + int64_t(b.saved.row[b.first + row0 + i]) * q.classes;
-        store_vector(to, j, end, w.out_vector, q.storage, g);
+        const A top = b.top()[i], ce_scale = c.ce_scale[i], ce_target = c.ce_target[i];
+#pragma unroll 1
+        for (int column = threadIdx.x % lanes * kVector; column < columns; column += lanes * kVector) {
+          const int j = c0 + column;
+          A z[kVector], z0[kVector], x[kVector], d[kVector], g[kVector] = {};
+          load_vector(row, j, q.storage, z);
+          if (kMixed) load_vector(row_of_first, j, q.storage, z0);
+#pragma unroll
+          for (int u = 0; u < kVector; ++u) {
+            x[u] = larger(z[u] - top, q.floor);
+            d[u] = kMixed ? offset(z[u], z0[u], b.shift()[i]) : A(0);
+          }
+          if (cluster) {
+            A base[kVector];
+            if constexpr (T::kChain) {
+              if (b.powers_kept) {
+                load_four(b.kept_powers(row0 + i) + j, base);
+              } else {
+#pragma unroll
+                for (int u = 0; u < kVector; ++u) base[u] = exp_nonpositive(x[u] * q.unit);
+              }
+            }
+            add_divergences<kMixed, T>(q, c, i, b.table() + column, t.columns, with_rho, x, d, base, g);
+          }
+          if (q.has_ce) {
+#pragma unroll
+            for (int u = 0; u < kVector;
+                 ++u)  // first its own terms, whose difference may be small beside either
+              g[u] += fma(ce_scale, exp_nonpositive(x[u]), j + u == label ? -ce_target : A(0));
+            if (q.smoothing > A(0))
+              for (int u = 0; u < kVector && j + u < share.end; ++u)
+                g[u] -= c.ce_smooth[i] * (q.class_weight ? q.class_weight[j + u] : A(1));
+          }
+          store_vector(to, j, share.end, w.out_vector, q.storage, g);
+        }
       }
     }
   }
@@ -258,6 +278,28 @@ __device__ inline void other_rows_gradient(const Problem<typename T::A>& q,
 #pragma unroll 1
     for (int j = threadIdx.x * kVector; j < q.classes; j += kThreads * kVector)
       store_vector(to, j, q.classes, w.out_vector, q.storage, g);
+  }
+}
+
+// kept times the upstream gradient, to out
+template <class T>
+__device__ inline void scale_kept(const Problem<typename T::A>& q, const Backward<typename T::A>& w) {
+  using S = typename T::S;
+  using A = typename T::A;
+  const A g = *w.grad;
+  const int64_t count = int64_t(q.rows) * q.classes;
+  const S* const from = static_cast<const S*>(w.kept);
+  S* const to = static_cast<S*>(w.out);
+  const bool vector = reinterpret_cast<uintptr_t>(from) % alignof(Vector<S>) == 0 && w.out_vector;
+#pragma unroll 1
+  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < count;
+       i += int64_t(gridDim.x) * kThreads * kVector) {
+    const int left = count - i < kVector ? int(count - i) : kVector;
+    A v[kVector];
+    load_vector(Row<S>{from + i, 1, left, vector}, 0, q.storage, v);
+#pragma unroll
+    for (int u = 0; u < kVector; ++u) v[u] *= g;
+    store_vector(to + i, 0, left, vector, q.storage, v);
   }
 }
 

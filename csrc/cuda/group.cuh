@@ -27,21 +27,22 @@ __device__ inline TargetPair load_targets(const Problem<A>& q, int i, int64_t no
 }
 
 struct FoundClass {
-  int first, count;  // count 0: this slot has no class
-  int invalid;       // targets that are neither a class nor ignored, in the whole batch
+  int first, count;   // count 0: this slot has no class
+  int invalid, kept;  // in the whole batch: targets that are neither a class nor ignored, and classes
 };
 
-// Writes the rows of the class of this slot, in ascending order, to row[first ..]. `scratch` is 4 * kWarps
+// Writes the rows of the class of this slot, in ascending order, to row[first ..]. `scratch` is 5 * kWarps
 // integers of shared memory. Barrier after.
 template <class A>
 __device__ inline FoundClass find_class(const Problem<A>& q, int slot, int32_t* row, int* scratch) {
+  constexpr int kCounts = 5;
   const int64_t label = q.by_class ? slot : target_at(q, slot);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int span = (q.rows + kWarps * 2 * kWarp - 1) / (kWarps * 2 * kWarp) * 2 * kWarp;
   const int begin = warp * span, end = begin + span < q.rows ? begin + span : q.rows;
   const int64_t none = q.ignore_index;
 
-  int counts[4] = {};  // rows of smaller labels, of this one, of this one before `slot`, invalid ones
+  int counts[kCounts] = {};  // rows of smaller labels, of this one, of this one before `slot`, invalid, kept
 #pragma unroll 1
   for (int i = begin + 2 * lane; i < end; i += 2 * kWarp) {
     const TargetPair t = load_targets(q, i, none);
@@ -51,23 +52,24 @@ __device__ inline FoundClass find_class(const Problem<A>& q, int slot, int32_t* 
       counts[1] += same;
       counts[2] += same && i + u < slot;
       counts[3] += !is_kept && t.at[u] != q.ignore_index;
+      counts[4] += is_kept;
     }
   }
-  for (int n = 0; n < 4; ++n) {
+  for (int n = 0; n < kCounts; ++n) {
     counts[n] = sum_over_warp(counts[n]);
-    if (lane == 0) scratch[warp * 4 + n] = counts[n];
+    if (lane == 0) scratch[warp * kCounts + n] = counts[n];
   }
   __syncthreads();
   int before = 0;  // rows of this class in earlier warps
-  int totals[4] = {};
+  int totals[kCounts] = {};
 #pragma unroll 1
   for (int w = 0; w < kWarps; ++w)
-    for (int n = 0; n < 4; ++n) {
+    for (int n = 0; n < kCounts; ++n) {
       if (n == 1 && w == warp) before = totals[1];
-      totals[n] += scratch[w * 4 + n];
+      totals[n] += scratch[w * kCounts + n];
     }
   const bool leads = kept(q, label) && (q.by_class || totals[2] == 0);
-  FoundClass found{totals[0], leads ? totals[1] : 0, totals[3]};
+  FoundClass found{totals[0], leads ? totals[1] : 0, totals[3], totals[4]};
   if (found.count > 0) {
     int at = found.first + before;
 #pragma unroll 1

@@ -97,6 +97,8 @@ Problem<A> make_problem(const Call& call, const Choice& choice) {
     q.order[k] = real ? grid.order[size_t(k)] : 0;
     q.weight[k] = A(real ? call.weight[size_t(grid.order[size_t(k)])] : 0);
   }
+  const auto one = std::find(q.a, q.a + q.temperatures, A(1));
+  q.one = one == q.a + q.temperatures ? -1 : int(one - q.a);
   // The cross entropy's exponentials have a = 1, whatever the grid.
   const double lowest = std::min(1.0, double(q.unit) * double(q.multiple[0]));
   q.floor = A((sizeof(A) == 4 ? -100.0 : -1000.0) / lowest);
@@ -188,10 +190,18 @@ struct Plan {
   }
 };
 
+// What class_centroids() needs of Saved, and forward() if nothing is saved, up to the next multiple of 16
+// bytes
+int64_t saved_in_scratch(const Call& call) {
+  return (saved_elements(call.rows, int64_t(call.a.size())) + 3) / 4 * 4;
+}
+
 template <class A>
 void take_forward_parts(Parts& memory, Forward<A>& f, const Call& call, const Choice& choice,
                         const Plan& plan) {
   const int64_t slots_ = slots(call);
+  memory.take(f.own_saved, saved_in_scratch(call));
+  memory.take(f.value, 1);  // where there is no one to read it
   memory.take(f.ce, call.rows);
   memory.take(f.partial, plan.parts * call.rows * choice.padded);
   memory.take(f.sums, (choice.padded + kClassSums) * slots_);
@@ -227,8 +237,9 @@ ForwardLaunch<A> forward_launch(const Call& call, const SortedTargets& sorted, c
                                 const Plan& plan, void* saved, Parts& memory) {
   ForwardLaunch<A> p{};
   p.problem = make_problem<A>(call, choice);
-  p.saved = saved_in(static_cast<A*>(saved), call.rows, slots(call), choice.padded);
   take_forward_parts(memory, p.forward, call, choice, plan);
+  p.saved =
+      saved_in(saved ? static_cast<A*>(saved) : p.forward.own_saved, call.rows, slots(call), choice.padded);
   p.forward.sorted = sorted.label, p.forward.order = sorted.row;
   p.forward.parts = plan.parts, p.forward.items = plan.items;
   p.forward.table_bytes = current_device().table_bytes();
@@ -268,9 +279,21 @@ void forward_tiled(const ForwardLaunch<A>& p, const Plan& plan, cudaStream_t str
   launch(kernels.value, plan.finders, kSmallShared, stream, p, call);
 }
 
-// What class_centroids() needs of Saved, up to the next multiple of 16 bytes
-int64_t saved_in_scratch(const Call& call) {
-  return (saved_elements(call.rows, int64_t(call.a.size())) + 3) / 4 * 4;
+template <class A>
+void set_gradient(Backward<A>& w, const Call& call, void* out) {
+  w.out = out;
+  w.out_vector = call.classes % kVector == 0;
+  w.table_bytes = current_device().table_bytes();
+}
+
+// The fused kernel: the value, and with `out` the gradient
+template <class T, class A = typename T::A>
+void launch_fused(ForwardLaunch<A>& p, const Backward<A>& w, cudaStream_t stream, const Call& call) {
+  const DeviceLimits& device = current_device();
+  p.backward = w;
+  p.forward.ticket = ticket(device, stream, p.forward.ticket);
+  p.forward.chip_bytes = device.room_for_rows(block_bytes<A>(p), slots(call));
+  launch(fused_kernel<T>(), slots(call), block_bytes<A>(p), stream, p, call);
 }
 
 }  // namespace
@@ -289,29 +312,49 @@ int64_t forward_scratch(const Call& call) {
 }
 
 int64_t centroids_scratch(const Call& call) {
-  return forward_elements(call, true) + saved_in_scratch(call);
+  return forward_elements(call, true);
 }
 
 int64_t backward_scratch(const Call& call) {
   return call.reduction == kNone ? call.rows * (1 + Choice(call).padded) : 0;
 }
 
-void forward(const Call& call, const SortedTargets& sorted, void* value, void* saved, void* scratch,
-             cudaStream_t stream) {
+bool can_keep_gradient(const Call& call) {
+  return (call.reduction == kMean || call.reduction == kSum) && call.storage != Storage::f16 &&
+         !wants_sorted_targets(call);
+}
+
+void forward(const Call& call, const SortedTargets& sorted, void* value, void* saved, void* gradient,
+             void* scratch, cudaStream_t stream) {
   const Choice choice(call);
-  const DeviceLimits& device = current_device();
-  const Plan plan(call, choice, device, false);
+  const Plan plan(call, choice, current_device(), false);
   with_kind(call, choice, [&](auto kind) {
     using T = decltype(kind);
     using A = typename T::A;
     Parts memory(scratch);
     ForwardLaunch<A> p = forward_launch<A>(call, sorted, choice, plan, saved, memory);
-    Forward<A>& f = p.forward;
-    f.value = static_cast<A*>(value);
+    p.forward.value = static_cast<A*>(value);
     if (plan.tiled) return forward_tiled<T>(p, plan, stream, call);
-    f.ticket = ticket(device, stream, f.ticket);
-    f.chip_bytes = device.room_for_rows(block_bytes<A>(p), slots(call));
-    launch(fused_kernel<T>(), slots(call), block_bytes<A>(p), stream, p, call);
+    Backward<A> w{};
+    set_gradient(w, call, gradient);
+    launch_fused<T>(p, w, stream, call);
+  });
+}
+
+void backward_of_kept(const Call& call, const void* grad, const void* kept, void* out, void* scratch,
+                      cudaStream_t stream) {
+  const Choice choice(call);
+  const Plan plan(call, choice, current_device(), false);
+  with_kind(call, choice, [&](auto kind) {
+    using T = decltype(kind);
+    using A = typename T::A;
+    Parts memory(scratch);
+    ForwardLaunch<A> p = forward_launch<A>(call, {}, choice, plan, nullptr, memory);
+    Backward<A> w{};
+    w.grad = static_cast<const A*>(grad);
+    w.kept = kept;
+    set_gradient(w, call, out);
+    launch_fused<T>(p, w, stream, call);
   });
 }
 
@@ -323,9 +366,8 @@ void class_centroids(const Call& call, const SortedTargets& sorted, void* centro
     using T = decltype(kind);
     using A = typename T::A;
     Parts memory(scratch);
-    A* saved = nullptr;
-    memory.take(saved, saved_in_scratch(call));
-    ForwardLaunch<A> p = forward_launch<A>(call, sorted, choice, plan, saved, memory);
+    ForwardLaunch<A> p = forward_launch<A>(call, sorted, choice, plan, nullptr, memory);
+    p.forward.value = nullptr;
     p.forward.centroids = static_cast<A*>(centroids), p.forward.counts = counts;
     const TiledKernels<A> kernels = tiled_kernels<T>();
     launch_statistics(kernels, p, plan, stream, call);
@@ -346,11 +388,9 @@ void backward(const Call& call, const void* grad, int64_t grad_stride, void* sav
     p.saved = saved_in(static_cast<A*>(saved), call.rows, slots(call), choice.padded);
     Backward<A>& w = p.backward;
     w.grad = static_cast<const A*>(grad), w.grad_stride = grad_stride;
-    w.out = out;
-    w.out_vector = call.classes % kVector == 0;
+    set_gradient(w, call, out);
     w.upstream = static_cast<A*>(scratch);
     w.dots = w.upstream + call.rows;
-    w.table_bytes = device.table_bytes();
     w.items = 4 * device.processors;
     w.parts = int(std::clamp<int64_t>(narrow_tiles(call), 1, w.items));
     const int bytes = Sizes<A>::fixed + w.table_bytes;

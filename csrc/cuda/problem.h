@@ -44,6 +44,7 @@ struct Problem {
   A floor;  // at this x = logit - largest logit and below, every exponential is zero, that of a = 1 too
   A multiple[kMaxTemperatures], a[kMaxTemperatures], weight[kMaxTemperatures];
   int order[kMaxTemperatures];  // the caller's index of a[k]
+  int one;                      // the k of a[k] = 1, the cross entropy's own; -1 if there is none
 
   const A* class_weight;  // (C); null: ones
   const A* centroids;     // (K, C, C), temperatures in the caller's order; null: the batch's own
@@ -62,7 +63,7 @@ struct Problem {
 template <class A>
 struct Saved {
   A* sum;          // (N, padded) sum_j exp(a_k (z_j - top)), at least 1; NaN if the row has no probabilities
-  A* growth;       // (N, padded) log1p(s)
+  A* growth;       // (N, padded) centred: log1p(s). At a class's first row, plain: the scale
   A* divergence;   // (N, padded) plain: sum_j P t'; centred: KL; given centroids: sum_j P log(P/Q)
   A* top;          // (N) largest logit
   A* ce_sum;       // (N) the same for a = 1
@@ -74,6 +75,12 @@ struct Saved {
 };
 
 enum Total { kKept, kWeightSum, kSmoothingSum, kPresent, kTotals };
+
+// What the terms of a mean are divided by: rows, their weights; and the weights of all classes.
+template <class A>
+struct Divisors {
+  A rows, weights, smoothing;
+};
 
 // A label out of range and its row in one word, so that it is written at once; never 0. Labels
 // beyond 37 bits are reported as the nearest that fits.
@@ -109,6 +116,7 @@ struct Forward {
   A* ce;               // (N) cross entropy at each position
   A* partial;          // (parts, N, padded), see divergences()
   A* sums;             // (padded + kClassSums, slots) sums over each class
+  A* own_saved;        // where Saved is if no one keeps it
   int* found;          // (kFounds)
   unsigned* ticket;    // blocks that have finished; 0 between launches. The fused kernel alone
   int64_t* bad_label;  // a word of host memory that tells of a label out of range, see pack_label()
@@ -128,17 +136,18 @@ struct Forward {
 enum Found { kBadLabels, kClasses, kCollapsedClasses, kFounds };
 enum ClassSum { kClassCe, kClassWeight, kClassCount, kClassPresent, kClassSums };
 
-// What the backward kernels read and write.
+// What the kernels that compute the gradient read and write.
 template <class A>
 struct Backward {
-  const A* grad;  // upstream, of the value's shape
+  const A* grad;  // upstream, of the value's shape; null: one
   int64_t grad_stride;
-  void* out;        // (N, C), contiguous, the logits' type
-  bool out_vector;  // four neighbours of it may be written as one aligned vector
-  A* upstream;      // (N) by position: g_i less the class's mean; reduction "none" only, as the next one
-  A* dots;          // (N, padded) sum_j P rho
-  int parts;        // most parts that a class's columns are shared out in
-  int items;        // parts of classes that keep the device busy
+  const void* kept;  // (N, C) the gradient for an upstream gradient of one, if forward left it
+  void* out;         // (N, C), contiguous, the logits' type
+  bool out_vector;   // four neighbours of it may be written as one aligned vector
+  A* upstream;       // (N) by position: g_i less the class's mean; reduction "none" only, as the next one
+  A* dots;           // (N, padded) sum_j P rho
+  int parts;         // most parts that a class's columns are shared out in
+  int items;         // parts of classes that keep the device busy
   int table_bytes;
 };
 
@@ -169,7 +178,7 @@ struct Sizes {
   static constexpr int combine = kThreads * kVector * (chunk / 2) * int(sizeof(A));
   static constexpr int constants = 14 * 1024;
   static constexpr int rows = kBatch * (8 + 3 * int(sizeof(A)));
-  static constexpr int scratch = kWarps * 8 * int(sizeof(A)) + 128;
+  static constexpr int scratch = kWarps * 8 * int(sizeof(A)) + 5 * kWarps * 4;
   static constexpr int fixed = combine + constants + rows + scratch;
 };
 

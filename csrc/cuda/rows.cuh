@@ -6,46 +6,33 @@
 
 namespace cmim::cuda {
 
-// Threads that share a row: all of them for one row, a warp each for many, fewer for short rows.
-__device__ inline int lanes_for_rows(int rows, int classes) {
-  const int vectors = power_of_two_at_least((classes + kVector - 1) / kVector);
-  int lanes = kThreads / power_of_two_at_least(rows < kThreads ? rows : kThreads);
-  if (lanes < kWarp) lanes = kWarp;
-  return lanes < vectors ? lanes : vectors;
-}
-
 template <class A>
 struct RowSums {
-  A top;                // largest logit
+  A top;                // largest logit; NaN if there is one or if it is infinite
   A exponentials;       // sum_j exp(z_j - top)
   A weighted, weights;  // sum_j class_weight_j z_j and sum_j class_weight_j, for label smoothing
 };
 
-// x, but NaN where z is: the exponential does not carry it, nor does 1 / 0 of an infinite z
-template <class A>
-__device__ inline A with_nan(A x, A z) {
-  return z < infinity<A>() ? x : not_a_number<A>();
-}
-
-// One pass: the sum is rescaled whenever a larger logit comes by. A thread's part.
+// One pass, a thread's part. With `exponentials` their sum is rescaled whenever a larger logit comes by.
 template <class T>
 __device__ inline RowSums<typename T::A> scan_row(const Problem<typename T::A>& q,
-                                                  const Row<typename T::S>& row, int lane, int lanes) {
+                                                  const Row<typename T::S>& row, int lane, int lanes,
+                                                  bool exponentials) {
   using A = typename T::A;
   RowSums<A> s{lowest(A()), 0, 0, 0};
 #pragma unroll 1
-  for (int j = lane * kVector; j < row.width; j += lanes * kVector) {
+  for (int j = lane * kVector; j < q.classes; j += lanes * kVector) {
     A z[kVector];
     load_vector(row, j, q.storage, z);
-    const A top = larger(larger(z[0], z[1]), larger(z[2], larger(z[3], s.top)));
-    if (top > s.top) {
-      s.exponentials *= exp_nonpositive(s.top - top);
-      s.top = top;
-    }
+    const A top = larger_or_nan(larger_or_nan(z[0], z[1]), larger_or_nan(z[2], larger_or_nan(z[3], s.top)));
+    if (exponentials) {
+      if (top > s.top) s.exponentials *= exp_nonpositive(s.top - top);
 #pragma unroll
-    for (int u = 0; u < kVector; ++u) s.exponentials += with_nan(exp_nonpositive(z[u] - s.top), z[u]);
+      for (int u = 0; u < kVector; ++u) s.exponentials += exp_nonpositive(z[u] - top);
+    }
+    s.top = top;
     if (q.smoothing > A(0))
-      for (int u = 0; u < kVector && j + u < row.width; ++u) {
+      for (int u = 0; u < kVector && j + u < q.classes; ++u) {
         const A w = q.class_weight ? q.class_weight[j + u] : A(1);
         s.weighted += w * z[u], s.weights += w;
       }
@@ -53,86 +40,104 @@ __device__ inline RowSums<typename T::A> scan_row(const Problem<typename T::A>& 
   return s;
 }
 
-// Cross entropy of a row, weighted and smoothed as in F.cross_entropy
+// The cross entropy of a row, weighted and smoothed as in F.cross_entropy, is slope * log sum_j exp(z_j -
+// top)
+// + rest.
 template <class A>
-__device__ inline A cross_entropy(const Problem<A>& q, const RowSums<A>& s, A log_sum, A target_logit,
-                                  A target_weight) {
-  A ce = target_weight * (log_sum - (target_logit - s.top));
-  if (q.smoothing > A(0)) {
-    const A smooth = (s.weights * (s.top + log_sum) - s.weighted) / A(q.classes);
-    ce = (A(1) - q.smoothing) * ce + q.smoothing * smooth;
+struct CrossEntropy {
+  A slope, rest;
+  __device__ CrossEntropy(const Problem<A>& q, const RowSums<A>& s, A target_logit, A target_weight) {
+    slope = target_weight;
+    rest = target_weight * (s.top - target_logit);
+    if (q.smoothing > A(0)) {
+      const A hard = A(1) - q.smoothing, smooth = q.smoothing / A(q.classes);
+      slope = fma(smooth, s.weights, hard * slope);
+      rest = fma(smooth, fma(s.weights, s.top, -s.weighted), hard * rest);
+    }
   }
-  return ce;
+};
+
+// No sum, not even of the largest logit's exponential: every class of the row is masked. NaN, as
+// F.cross_entropy has it, and where the row has a NaN or a largest logit of infinity.
+template <class A>
+__device__ inline A sum_or_nan(A sum, A top) {
+  return sum > A(0) && top < infinity<A>() ? sum : not_a_number<A>();
 }
 
 // Statistics of the rows at `count` positions from `first`: top and ce_sum, and sum if `all`, into
-// saved; the cross entropy to ce[position]. Rows may be of different classes unless they are on chip.
-// Barrier after.
+// saved; the cross entropy to ce[position]; the powers' exponentials where they are kept. Rows may be of
+// different classes unless they are on chip. Barrier after.
 template <class T>
 __device__ inline void row_statistics(Block<T>& b, int count, bool all, typename T::A* ce) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
+  const Saved<A>& saved = b.saved;
   const int lanes = lanes_for_rows(count, q.classes), groups = kThreads / lanes;
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-  const int parts = lanes > kWarp ? lanes / kWarp : 1;
-  A* const sums = b.constants();  // (groups, parts, kChunk)
+  const bool shared_sum = all && q.one >= 0;  // the cross entropy's is one of the temperatures'
 #pragma unroll 1
   for (int i0 = 0; i0 < count; i0 += groups) {
     const int i = i0 + group, position = b.first + i;
-    const int64_t y = i < count ? target_at(q, b.saved.row[position]) : -1;
+    const int64_t y = i < count ? target_at(q, saved.row[position]) : -1;
     const bool there = kept(q, y);
     const Row<typename T::S> row = b.row_at(there ? b.row_data(i) : nullptr);
     RowSums<A> s{lowest(A()), 0, 0, 0};
-    if (there) s = scan_row<T>(q, row, lane, lanes);
+    if (there) s = scan_row<T>(q, row, lane, lanes, !shared_sum);
     const A mine = s.top;
     s.top = largest_in_group(s.top, lanes, b.scratch());
     A v[3] = {s.exponentials * exp_nonpositive(mine - s.top), s.weighted, s.weights};
     sum_group(v, lanes, b.scratch());
     s.exponentials = v[0], s.weighted = v[1], s.weights = v[2];
     if (there && lane == 0) {
-      // no sum: every class of the row is masked, as F.cross_entropy has it
-      if (!(s.exponentials > A(0))) s.exponentials = not_a_number<A>();
-      b.saved.top[position] = s.top;
-      b.saved.ce_sum[position] = s.exponentials;
-      ce[position] = cross_entropy(q, s, log_of(s.exponentials), widen(row.data[y * row.stride], q.storage),
-                                   q.class_weight ? q.class_weight[y] : A(1));
-    }
-    if (!all) continue;
-#pragma unroll 1
-    for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
-      A sum[T::kChunk] = {};
-      if (there)
-#pragma unroll 1
-        for (int j = lane * kVector; j < row.width; j += lanes * kVector) {
-          A z[kVector];
-          load_vector(row, j, q.storage, z);
-#pragma unroll
-          for (int u = 0; u < kVector; ++u) {
-            Powers<A, T::kChain> powers;
-            powers.start(q, larger(z[u] - s.top, q.floor), k0);
-#pragma unroll
-            for (int k = 0; k < T::kChunk; ++k) {
-              sum[k] += powers.power(q, k0 + k);
-              powers.next();
-            }
-          }
-        }
-      deposit_sums(sum, lanes, sums + (group * parts + lane / kWarp) * T::kChunk);
-      __syncthreads();
-#pragma unroll 1
-      for (int at = threadIdx.x; at < groups * T::kChunk; at += kThreads) {
-        const int g = at / T::kChunk, k = at - g * T::kChunk;
-        if (i0 + g >= count) continue;
-        A total = 0;
-#pragma unroll 1
-        for (int part = 0; part < parts; ++part) total += sums[(g * parts + part) * T::kChunk + k];
-        // with NaN where the row has one, which the exponentials do not carry
-        b.saved.sum[b.statistic(i0 + g, k0 + k)] = total + A(0) * b.saved.ce_sum[b.first + i0 + g];
+      const CrossEntropy<A> entropy(q, s, widen(row.data[y * row.stride], q.storage),
+                                    q.class_weight ? q.class_weight[y] : A(1));
+      saved.top[position] = s.top;
+      if (shared_sum) {  // until the sum is known
+        ce[position] = entropy.rest;
+        saved.ce_sum[position] = entropy.slope;
+      } else {
+        const A sum = sum_or_nan(s.exponentials, s.top);
+        saved.ce_sum[position] = sum;
+        ce[position] = fma(entropy.slope, log_of(sum), entropy.rest);
       }
-      __syncthreads();
     }
   }
   __syncthreads();
+  if (!all) return;
+#pragma unroll 1
+  for (int k0 = 0; k0 < q.padded; k0 += T::kChunk)
+    b.sum_over_columns(
+        count, lanes, b.constants(),
+        [&](int i, int lane_, A(&sum)[T::kChunk]) {
+          if (!kept(q, target_at(q, saved.row[b.first + i]))) return;
+          const Row<typename T::S> row = b.row_at(b.row_data(i));
+          const A top = saved.top[b.first + i];
+#pragma unroll 1
+          for (int j = lane_ * kVector; j < q.classes; j += lanes * kVector) {
+            A z[kVector], first[kVector] = {};
+            load_vector(row, j, q.storage, z);
+#pragma unroll
+            for (int u = 0; u < kVector; ++u) {
+              Powers<A, T::kChain> powers;
+              powers.start(q, larger(z[u] - top, q.floor), k0);
+              if constexpr (T::kChain) first[u] = powers.base;
+#pragma unroll
+              for (int k = 0; k < T::kChunk; ++k) {
+                sum[k] += powers.power(q, k0 + k);
+                powers.next();
+              }
+            }
+            if (T::kChain && b.powers_kept && k0 == 0) store_four(b.kept_powers(i) + j, first);
+          }
+        },
+        [&](int i, int k, A total) {
+          const int position = b.first + i;
+          const A sum = sum_or_nan(total, saved.top[position]);
+          saved.sum[b.statistic(i, k0 + k)] = sum;
+          if (!shared_sum || k0 + k != q.one) return;
+          ce[position] = fma(saved.ce_sum[position], log_of(sum), ce[position]);
+          saved.ce_sum[position] = sum;
+        });
 }
 
 // The first pass of the centred form over columns begin .. end - 1: their part of sum_j P0 v for each row, to
@@ -143,60 +148,40 @@ __device__ inline typename T::A centred_sums(Block<T>& b, int begin, int end, ui
                                              typename T::A* out) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
-  const int lanes = lanes_for_rows(b.count, end - begin), groups = kThreads / lanes;
-  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-  const int parts = lanes > kWarp ? lanes / kWarp : 1;
+  const int lanes = lanes_for_rows(b.count, end - begin);
   const A top0 = b.saved.top[b.first];
-  A* const sums = b.constants();
   A widest = 0;
 #pragma unroll 1
-  for (int i0 = 0; i0 < b.count; i0 += groups) {
-    const int i = i0 + group;
-    const bool there = i < b.count;
-    const typename T::S* const data = b.row_data(there ? i : 0);
-    const Difference<A> shift = shift_of(b, there ? i : 0);
+  for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
+    if (!b.in_chunk(wanted, k0)) continue;
+    b.sum_over_columns(
+        b.count, lanes, b.constants(),
+        [&](int i, int lane, A(&sum)[T::kChunk]) {
+          const typename T::S* const data = b.row_data(i);
+          const Difference<A> shift = shift_of(b, i);
+          Centred<T> form;
 #pragma unroll 1
-    for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
-      if (!b.in_chunk(wanted, k0)) continue;
-      A sum[T::kChunk] = {};
-      Centred<T> form;
-      if (there)
-#pragma unroll 1
-        for (int j = begin + lane * kVector; j < end; j += lanes * kVector) {
-          form.enter_tile(b, j);
-          A z[kVector];
-          load_vector(b.row_at(data), j, q.storage, z);
-          form.take_offsets(z, shift);
-          form.start(q, k0);
-          Powers<A, T::kChain> p0[kVector];
-#pragma unroll
-          for (int u = 0; u < kVector; ++u) {
-            p0[u].start(q, larger(form.z0[u] - top0, q.floor), k0);
-            widest = larger(widest, j + u < end ? form.d[u] : A(0));
-          }
-#pragma unroll
-          for (int k = 0; k < T::kChunk; ++k) {
+          for (int j = begin + lane * kVector; j < end; j += lanes * kVector) {
+            form.take_offsets(b, data, j, shift);
+            form.start(q, k0);
+            Powers<A, T::kChain> p0[kVector];
 #pragma unroll
             for (int u = 0; u < kVector; ++u) {
-              sum[k] = fma(p0[u].power(q, k0 + k), form.expm1(q, k0 + k, u), sum[k]);
-              p0[u].next();
+              p0[u].start(q, larger(form.z0[u] - top0, q.floor), k0);
+              widest = larger(widest, j + u < end ? form.d[u] : A(0));
             }
-            form.next();
+#pragma unroll
+            for (int k = 0; k < T::kChunk; ++k) {
+#pragma unroll
+              for (int u = 0; u < kVector; ++u) {
+                sum[k] = fma(p0[u].power(q, k0 + k), form.expm1(q, k0 + k, u), sum[k]);
+                p0[u].next();
+              }
+              form.next();
+            }
           }
-        }
-      deposit_sums(sum, lanes, sums + (group * parts + lane / kWarp) * T::kChunk);
-      __syncthreads();
-#pragma unroll 1
-      for (int at = threadIdx.x; at < groups * T::kChunk; at += kThreads) {
-        const int g = at / T::kChunk, k = at - g * T::kChunk;
-        if (i0 + g >= b.count) continue;
-        A total = 0;
-#pragma unroll 1
-        for (int part = 0; part < parts; ++part) total += sums[(g * parts + part) * T::kChunk + k];
-        out[b.statistic(i0 + g, k0 + k)] = total;
-      }
-      __syncthreads();
-    }
+        },
+        [&](int i, int k, A total) { out[b.statistic(i, k0 + k)] = total; });
   }
   return largest_in_group(widest, kThreads, b.scratch());
 }

@@ -188,11 +188,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
       [&](int, int part, const Share& share) {
         auto* const to = part_of(b, f, part);
         if (b.q.centroids)
-          divergences<Given<T>>(b, b.tiling(2, share.lanes), share.begin, share.end, b.every_temperature(),
-                                to);
-        else
-          divergences<Plain<T>>(b, b.tiling(1, share.lanes), share.begin, share.end, b.every_temperature(),
-                                to);
+          return divergences<Given<T>>(b, b.tiling(2, share.lanes), share.begin, share.end,
+                                       b.every_temperature(), to);
+        choose_scales(b);  // by every part, which all write the same
+        divergences<Plain<T>>(b, b.tiling(1, share.lanes), share.begin, share.end, b.every_temperature(), to);
       });
 }
 
@@ -272,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
       widest = larger(f.widest[int64_t(slot) * f.parts + part], widest);
     const uint64_t mask = not_too_wide(b, b.centred, widest);
     collect_parts(b, f, f.partial);
-    finish_centred_sums(b, f.partial);
+    finish_centred_sums(b, mask, f.partial);
     if (threadIdx.x == 0) keep_mask(b.saved, slot, mask);
   }
 }
@@ -314,19 +313,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
       [&](int, int part, const Share& share) {
         const Tiling t = b.tiling(1, share.lanes);
         const int64_t label = b.label();
-        Plain<T> form;
+        choose_scales(b);
 #pragma unroll 1
         for (int c0 = share.begin; c0 < share.end; c0 += t.columns)
 #pragma unroll 1
           for (int k0 = 0; k0 < q.padded; k0 += T::kChunk)
-            sum_over_rows(b, form, t, c0, k0, b.every_temperature(), static_cast<const A*>(nullptr),
-                          b.table(), [&](int k, int column) {
-                            const int j = c0 + column;
-                            if (j >= q.classes) return;
-                            const A sum = b.table()[k * t.columns + column];
-                            f.centroids[(q.order[k0 + k] * q.classes + label) * q.classes + j] =
-                                sum / (A(b.count) * b.saved.sum[b.statistic(0, k0 + k)]);
-                          });
+            sum_over_rows<Plain<T>>(b, t, c0, k0, b.every_temperature(), static_cast<const A*>(nullptr),
+                                    b.table(), [&](int k, int column, A sum) {
+                                      const int j = c0 + column;
+                                      const A mean = sum / (A(b.count) * plain_scale(b, k0 + k));
+                                      if (j < q.classes)
+                                        f.centroids[(q.order[k0 + k] * q.classes + label) * q.classes + j] =
+                                            mean;
+                                      return mean;
+                                    });
         if (threadIdx.x == 0 && part == 0) f.counts[label] = b.count;
       });
 }
