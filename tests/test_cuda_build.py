@@ -123,8 +123,11 @@ def test_the_public_function_is_traced(
 
     Without autograd's engine, which asks the device for its stream.
     """
-    context, function = Context(), autograd._SavedLoss
-    monkeypatch.setattr(function, "apply", torch.no_grad()(partial(function.forward, context)))
+    context = Context()
+    function = autograd._SavedLoss if reduction == "none" else autograd._OwnedLoss
+    forward = torch.no_grad()(partial(function.forward, context))
+    monkeypatch.setattr(autograd._SavedLoss, "apply", forward)
+    monkeypatch.setattr(autograd, "_apply_owned", forward)
     logits = torch.empty(6, 5, dtype=dtype, device="cuda", requires_grad=True)
     target = torch.zeros(6, dtype=torch.int64, device="cuda")
     value = ck.fused_cmi_loss(logits, target, reduction=reduction, label_smoothing=0.1, backend="cuda")

@@ -75,5 +75,7 @@ pytestmark = needs_x86
 @pytest.fixture(params=[FUSED, TILED], ids=["fused", "tiled"])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     monkeypatch.setitem(dispatch._modules, "cuda", emulated())
-    with settings(request.param, processors=5):
+    with settings(
+        request.param, processors=60 if request.param == FUSED else 5
+    ):  # in clusters of blocks, too
         yield Place("cuda", "cpu", ALL)

@@ -8,7 +8,7 @@ namespace {
 
 // upstream[position] = g_i less the class's mean, and dots[position, k] = sum_j P_ij rho_j. One block a
 // class.
-template <bool kMixed, class T>
+template <class T>
 __device__ void class_dots(Block<T>& b, const Backward<typename T::A>& w) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
@@ -26,7 +26,7 @@ __device__ void class_dots(Block<T>& b, const Backward<typename T::A>& w) {
   const Tiling t = b.tiling(2);
 #pragma unroll 1
   for (int c0 = 0; c0 < q.classes; c0 += t.columns) {
-    build_gradient_tables<kMixed>(b, t, c0, true, w.upstream);
+    build_gradient_tables(b, t, c0, true, w.upstream);
     clear_padding(b, t, 2);
     const int columns = q.classes - c0 < t.columns ? q.classes - c0 : t.columns;
 #pragma unroll 1
@@ -71,10 +71,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     recall_class(b, slot);
     if (b.count < 2) continue;
     if (b.centred) find_largest_column(b);
-    if (b.centred)
-      class_dots<true>(b, p.backward);
-    else
-      class_dots<false>(b, p.backward);
+    class_dots(b, p.backward);
   }
 }
 
@@ -85,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
   const auto& w = p.backward;
   Block<T> b(q, p.saved, w.table_bytes, 0);
   const auto* const totals = p.saved.totals;
-  const Divisors<typename T::A> by{totals[kKept], totals[kWeightSum], totals[kSmoothingSum]};
+  if (threadIdx.x == 0) *b.divisors() = {totals[kKept], totals[kWeightSum], totals[kSmoothingSum]};
   const int parts = parts_of_each(w.items, int(totals[kPresent]), w.parts);
 #pragma unroll 1
   for (int64_t item = blockIdx.x; item < int64_t(q.slots) * parts; item += gridDim.x) {
@@ -97,10 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     if (b.centred) find_largest_column(b);
     const bool cluster = q.has_cmi && (b.count > 1 || q.centroids);
     const bool with_rho = cluster && q.reduction == kNone && !q.centroids;
-    if (b.centred)
-      class_gradient<true>(b, w, by, share, cluster, with_rho, false);
-    else
-      class_gradient<false>(b, w, by, share, cluster, with_rho, false);
+    class_gradient(b, w, share, cluster, with_rho, false);
   }
   other_rows_gradient<T>(q, w);
 }

@@ -29,6 +29,7 @@ struct Block {
   const Saved<A>& saved;
   int table_bytes, chip_bytes;
   int first, count;  // the class: positions first .. first + count - 1
+  int begin, end;    // the columns that this block looks at; `begin` is a multiple of 16 bytes
   uint64_t centred;  // mask of the temperatures that are computed in the centred form
   unsigned staged;   // which constants are there, see stage()
   bool on_chip;      // the class's rows have been copied into shared memory
@@ -52,24 +53,32 @@ struct Block {
   __device__ static const S** data() { return shared<const S*>(Sizes<A>::combine + Sizes<A>::constants); }
   __device__ static A* top() { return reinterpret_cast<A*>(data() + kBatch); }
   __device__ static Difference<A>* shift() { return reinterpret_cast<Difference<A>*>(top() + kBatch); }
-  // kWarps * 8 numbers for reductions, and 5 * kWarps integers
+  // kWarps * 8 numbers for reductions, what the gradient's terms are divided by, and 5 * kWarps integers
   __device__ static A* scratch() { return reinterpret_cast<A*>(shift() + kBatch); }
-  __device__ static int* flags() { return reinterpret_cast<int*>(scratch() + kWarps * 8); }
+  __device__ static Divisors<A>* divisors() { return reinterpret_cast<Divisors<A>*>(scratch() + kWarps * 8); }
+  __device__ static int* flags() { return reinterpret_cast<int*>(scratch() + kWarps * 8 + 4); }
   // Numbers for each temperature and column of the tile
   __device__ static A* table() { return shared<A>(Sizes<A>::fixed); }
   // The class's rows, -inf up to the next multiple of 16 bytes; then the exponentials of powers_kept.
   __device__ S* chip() const { return shared<S>(Sizes<A>::fixed + table_bytes); }
   __device__ int chip_stride() const {
-    return (q.classes * int(sizeof(S)) + 15) / 16 * (16 / int(sizeof(S)));
+    return ((end - begin) * int(sizeof(S)) + 15) / 16 * (16 / int(sizeof(S)));
   }
+  // At a column j of begin .. end - 1, as row_data() is
   __device__ A* kept_powers(int row) const {
-    return reinterpret_cast<A*>(chip() + count * chip_stride()) + row * chip_stride();
+    return reinterpret_cast<A*>(chip() + count * chip_stride()) + row * chip_stride() - begin;
   }
 
   __device__ void set_class(int first_position, int rows, uint64_t mask) {
     first = first_position, count = rows, centred = mask;
+    begin = 0, end = q.classes;
     on_chip = powers_kept = false;
     staged = ~0u;
+  }
+  __device__ int width() const { return end - begin; }  // in columns
+  // What was computed from the class and its columns is computed again: registers are scarcer than additions.
+  __device__ void forget() {
+    first = opaque(first), count = opaque(count), begin = opaque(begin), end = opaque(end);
   }
   __device__ uint64_t every_temperature() const { return ~uint64_t(0) >> (64 - q.temperatures); }
   __device__ bool in_chunk(uint64_t mask, int k0) const {
@@ -80,34 +89,40 @@ struct Block {
   __device__ int label() const { return int(q.target[saved.row[first] * q.target_stride]); }
   __device__ int64_t statistic(int row, int k) const { return int64_t(first + row) * q.padded + k; }
 
+  // Where column 0 of a row is, or would be if it were on chip
   __device__ const S* row_data(int row) const {
-    if (on_chip) return chip() + row * chip_stride();
+    if (on_chip) return chip() + row * chip_stride() - begin;
     return static_cast<const S*>(q.logits) + saved.row[first + row] * q.row_stride;
   }
   __device__ Row<S> row_at(const S* at) const {
-    if (on_chip) return {at, 1, chip_stride(), true};
+    if (on_chip) return {at, 1, begin + chip_stride(), true};
     return {at, q.col_stride, q.classes, q.vector4};
   }
+  // Any column of a row, which may be another block's
+  __device__ A logit(int row, int64_t column) const {
+    const S* const data = static_cast<const S*>(q.logits) + saved.row[first + row] * q.row_stride;
+    return widen(data[column * q.col_stride], q.storage);
+  }
 
-  // Copies the class's rows into shared memory if there is room; then a barrier.
+  // Copies the block's columns of the class's rows into shared memory if there is room; then a barrier.
   __device__ void bring_rows() {
     const int64_t numbers = int64_t(count) * chip_stride();
     if (numbers * int(sizeof(S)) > chip_bytes) return;
     powers_kept = T::kChain && numbers * int(sizeof(S) + sizeof(A)) <= chip_bytes;
     constexpr int per_word = 16 / int(sizeof(S));
-    const int words = q.vector16 ? q.classes / per_word : 0;
+    const int words = q.vector16 ? (end - begin) / per_word : 0;
 #pragma unroll 1
     for (int i = threadIdx.x; i < count * words; i += kThreads) {
       const int row = i / words, j = (i - row * words) * per_word;
-      copy16(chip() + row * chip_stride() + j, row_data(row) + j);
+      copy16(chip() + row * chip_stride() + j, row_data(row) + begin + j);
     }
     const int done = words * per_word, left = chip_stride() - done;
 #pragma unroll 1
     for (int i = threadIdx.x; i < count * left; i += kThreads) {
       const int row = i / left, j = done + i - row * left;
       S& to = chip()[row * chip_stride() + j];
-      if (j < q.classes)
-        to = row_data(row)[j * q.col_stride];
+      if (begin + j < end)
+        to = row_data(row)[(begin + j) * q.col_stride];
       else
         narrow(-infinity<A>(), q.storage, to);
     }
@@ -119,7 +134,7 @@ struct Block {
   // Tiles for `tables` numbers per temperature and column, of no more than `widest` lanes.
   __device__ Tiling tiling(int tables, int widest = kThreads) const {
     const int room = table_bytes / int(sizeof(A)) / (q.padded * tables * kVector);
-    const int wanted = power_of_two_at_least((q.classes + kVector - 1) / kVector);
+    const int wanted = power_of_two_at_least((width() + kVector - 1) / kVector);
     int lanes = widest;
     while (lanes > 1 && (lanes > room || lanes > wanted)) lanes /= 2;
     if (lanes < kThreads / kBatch) lanes = kThreads / kBatch;
@@ -158,20 +173,21 @@ struct Block {
   __device__ void combine_groups(const Tiling& t, const A (&mean)[T::kChunk][kVector], unsigned wanted, A* to,
                                  Finish finish) {
     constexpr int half = T::kChunk / 2;
+    const int columns = opaque(t.columns);
     const int column = threadIdx.x % t.lanes * kVector, group = threadIdx.x / t.lanes;
     if (t.groups == 1) {
       // a thread's own columns, which it puts down in between, since it cannot count through its registers
 #pragma unroll
       for (int k = 0; k < T::kChunk; ++k)
-        if (wanted >> k & 1) store_four(to + k * t.columns + column, mean[k]);
+        if (wanted >> k & 1) store_four(to + k * columns + column, mean[k]);
 #pragma unroll 1
       for (int k = 0; k < T::kChunk; ++k) {
         if (!(wanted >> k & 1)) continue;
         A four[kVector];
-        load_four(to + k * t.columns + column, four);
+        load_four(to + k * columns + column, four);
 #pragma unroll
         for (int u = 0; u < kVector; ++u) four[u] = finish(k, column + u, four[u]);
-        store_four(to + k * t.columns + column, four);
+        store_four(to + k * columns + column, four);
       }
       __syncthreads();
       return;
@@ -180,16 +196,16 @@ struct Block {
     for (int k0 = 0; k0 < T::kChunk; k0 += half) {
 #pragma unroll
       for (int k = 0; k < half; ++k)
-        store_four(combine() + (group * half + k) * t.columns + column, mean[k0 + k]);
+        store_four(combine() + (group * half + k) * columns + column, mean[k0 + k]);
       __syncthreads();
 #pragma unroll 1
-      for (int i = threadIdx.x; i < half * t.columns; i += kThreads) {
+      for (int i = threadIdx.x; i < half * columns; i += kThreads) {
         const int k = k0 + (i >> t.shift);
         if (!(wanted >> k & 1)) continue;
         A sum = 0;
 #pragma unroll 1
-        for (int g = 0; g < t.groups; ++g) sum += combine()[g * half * t.columns + i];
-        to[k0 * t.columns + i] = finish(k, i & (t.columns - 1), sum);
+        for (int g = 0; g < t.groups; ++g) sum += combine()[g * half * columns + i];
+        to[k0 * columns + i] = finish(k, i & (columns - 1), sum);
       }
       __syncthreads();
     }

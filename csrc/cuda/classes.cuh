@@ -68,20 +68,21 @@ __device__ inline typename T::A kl_of(const Block<T>& b, int row, int k, const t
   return nats < A(0) ? A(0) : nats;  // rounding; keeps a NaN
 }
 
-// The class's share of every sum over classes, to f.sums. `kl` null: the divergences are zero. Returns the
-// mask of the temperatures at which the class has collapsed. Barriers before and after.
+// The class's share of every sum over classes, to f.sums if `tell`. `kl` null: the divergences are zero.
+// Returns the mask of the temperatures at which the class has collapsed. Barriers before and after.
 template <class T>
 __device__ inline uint64_t sum_class(const Block<T>& b, const Forward<typename T::A>& f, int slot,
-                                     const typename T::A* kl) {
+                                     const typename T::A* kl, bool tell) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int thread = opaque(int(threadIdx.x)), lane = thread % kWarp, warp = thread / kWarp;
+  const int count = opaque(b.count);
   __syncthreads();
 #pragma unroll 1
   for (int which = warp; which <= q.padded; which += kWarps) {
     CarefulSum<A> sum;
 #pragma unroll 1
-    for (int row = lane; row < b.count; row += kWarp) {
+    for (int row = lane; row < count; row += kWarp) {
       if (which == q.padded)
         sum.add(f.ce[b.first + row]);
       else if (kl)
@@ -90,20 +91,20 @@ __device__ inline uint64_t sum_class(const Block<T>& b, const Forward<typename T
     A total = sum.value();
     for (int distance = kWarp / 2; distance > 0; distance /= 2) total += from_lane(total, distance);
     if (lane != 0) continue;
-    *class_sum(q, f, which, slot) = total;
+    if (tell) *class_sum(q, f, which, slot) = total;
     if (which < q.padded) b.combine()[which] = total;
   }
-  if (threadIdx.x == 0) {
-    const A weight = q.class_weight && b.count > 0 ? q.class_weight[b.label()] : A(1);
-    *class_sum(q, f, q.padded + kClassWeight, slot) = weight * A(b.count);
-    *class_sum(q, f, q.padded + kClassCount, slot) = A(b.count);
-    *class_sum(q, f, q.padded + kClassPresent, slot) = A(b.count > 0);
+  if (thread == 0 && tell) {
+    const A weight = q.class_weight && count > 0 ? q.class_weight[b.label()] : A(1);
+    *class_sum(q, f, q.padded + kClassWeight, slot) = weight * A(count);
+    *class_sum(q, f, q.padded + kClassCount, slot) = A(count);
+    *class_sum(q, f, q.padded + kClassPresent, slot) = A(count > 0);
   }
   __syncthreads();
   uint64_t collapsed = 0;
 #pragma unroll 1
   for (int k = 0; kl && k < q.temperatures; ++k)
-    if (b.combine()[k] < kCollapsed<A> * A(b.count)) collapsed |= uint64_t(1) << k;
+    if (b.combine()[k] < kCollapsed<A> * A(count)) collapsed |= uint64_t(1) << k;
   return collapsed;
 }
 

@@ -85,10 +85,9 @@ __device__ inline void find_largest_column(Block<T>& b) {
   __syncthreads();
   if (threadIdx.x == 0) b.flags()[0] = q.classes - 1;
   __syncthreads();
-  const Row<typename T::S> row = b.row_at(b.row_data(0));
 #pragma unroll 1
   for (int j = threadIdx.x; j < q.classes; j += kThreads)
-    if (widen(row.data[j * row.stride], q.storage) == b.saved.top[b.first]) {
+    if (b.logit(0, j) == b.saved.top[b.first]) {
       atomicMin(&b.flags()[0], j);
       break;
     }
@@ -98,8 +97,7 @@ __device__ inline void find_largest_column(Block<T>& b) {
 // z[j0] - z0[j0] of row i, see forms.cuh; j0 is in flags[0]
 template <class T>
 __device__ inline Difference<typename T::A> shift_of(const Block<T>& b, int row) {
-  const int64_t at = b.on_chip ? b.flags()[0] : b.flags()[0] * b.q.col_stride;
-  return difference(widen(b.row_data(row)[at], b.q.storage), widen(b.row_data(0)[at], b.q.storage));
+  return difference(b.logit(row, b.flags()[0]), b.logit(0, b.flags()[0]));
 }
 
 // Constants for the form's load and terms. `upstream` null: weights of the mean; else (position) -> weight of

@@ -38,6 +38,13 @@ __device__ inline void wait_for_copies() {
 #endif
 }
 
+// n, of which the compiler knows nothing: what depends on it is not computed long before it is used, and
+// takes no registers until then.
+__device__ inline int opaque(int n) {
+  asm volatile("" : "+r"(n));
+  return n;
+}
+
 // The larger one; NaN if either is
 __device__ inline float larger_or_nan(float x, float y) {
 #if defined(CMIM_EMULATED)
@@ -50,6 +57,16 @@ __device__ inline float larger_or_nan(float x, float y) {
 }
 __device__ inline double larger_or_nan(double x, double y) {
   return x != x ? x : y > x || y != y ? y : x;
+}
+
+// Waits for the other blocks of the cluster (compute capability 9.0): what they wrote before it, to any
+// memory, is there to be read after it.
+__device__ inline void cluster_barrier() {
+#if defined(CMIM_EMULATED)
+  emulated_cluster_barrier();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
 }
 
 template <class A>
@@ -69,8 +86,9 @@ __device__ inline void reduce_group(A (&v)[N], int lanes, A* scratch, Combine co
   for (int distance = (lanes < kWarp ? lanes : kWarp) / 2; distance > 0; distance /= 2)
     for (int i = 0; i < N; ++i) v[i] = combine(v[i], from_lane(v[i], distance));
   if (lanes <= kWarp) return;
-  const int warp = threadIdx.x / kWarp, first = threadIdx.x / lanes * (lanes / kWarp);
-  if (threadIdx.x % kWarp == 0)
+  const int thread = opaque(int(threadIdx.x));
+  const int warp = thread / kWarp, first = thread / lanes * (lanes / kWarp);
+  if (thread % kWarp == 0)
     for (int i = 0; i < N; ++i) scratch[warp * N + i] = v[i];
   __syncthreads();
   for (int i = 0; i < N; ++i) {

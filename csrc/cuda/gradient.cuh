@@ -63,18 +63,19 @@ __device__ inline Coefficients<typename T::A> coefficients(const Block<T>& b) {
 }
 
 // `cluster`: the class's divergences count.
-template <bool kMixed, class T>
+template <class T>
 __device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>& w,
-                                      const Divisors<typename T::A>& by, const Coefficients<typename T::A>& c,
-                                      int row0, int rows, bool cluster) {
+                                      const Coefficients<typename T::A>& c, int row0, int rows,
+                                      bool cluster) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
+  const Divisors<A>& by = *b.divisors();
   b.stage(
       stage_key(kGradient, row0, 0), row0, rows, cluster ? q.padded : 0,
       [&](int i, int row) {
         const int position = b.first + row;
         const A g = q.reduction == kNone ? w.grad[b.saved.row[position] * w.grad_stride] : A(1);
-        if (kMixed) {
+        if (b.centred) {
           const Difference<A> shift = shift_of(b, row);
           b.shift()[i] = shift;
         }
@@ -101,7 +102,7 @@ __device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>
         const A dot = q.reduction == kNone && !q.centroids ? w.dots[from] : A(0);
         const A each = divergence_scale(q, by, w, k) * q.a[k] / row_sum;
         const A scale = T::kChain ? each * g : A(1);
-        const bool centred = kMixed && (b.centred >> k & 1);
+        const bool centred = b.centred >> k & 1;
         const A level = centred ? b.saved.growth[from] : q.centroids ? log_positive(row_sum) : A(0);
         parts[kOfX] = centred ? A(0) : scale * q.multiple[k];
         parts[kOfD] = centred ? scale * q.a[k] : A(0);
@@ -119,7 +120,7 @@ __device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>
 
 // The tables of the tile: log-ratio tables by each temperature's form and, if `with_rho`, rho into the
 // second.
-template <bool kMixed, class T>
+template <class T>
 __device__ inline void build_gradient_tables(Block<T>& b, const Tiling& t, int c0, bool with_rho,
                                              const typename T::A* upstream) {
   using A = typename T::A;
@@ -137,8 +138,8 @@ __device__ inline void build_gradient_tables(Block<T>& b, const Tiling& t, int c
       });
     }
   };
-  build(Plain<T>(), kMixed ? all & ~b.centred : all);
-  if constexpr (kMixed) build(Centred<T>(), b.centred);
+  build(Plain<T>(), all & ~b.centred);
+  build(Centred<T>(), b.centred);
 }
 
 // What lies beyond the last temperature has coefficients of zero, and must be finite.
@@ -147,11 +148,13 @@ __device__ inline void clear_padding(const Block<T>& b, const Tiling& t, int tab
 #pragma unroll 1
   for (int table = 0; table < tables; ++table)
 #pragma unroll 1
-    for (int i = (b.q.temperatures << t.shift) + int(threadIdx.x); i < b.q.padded << t.shift; i += kThreads)
+    for (int i = (b.q.temperatures << t.shift) + opaque(int(threadIdx.x)); i < b.q.padded << t.shift;
+         i += kThreads)
       b.table()[(table * b.q.padded << t.shift) + i] = 0;
 }
 
-// g += the divergences' part, for one row and kVector columns; base = exp(unit x) of a chain
+// `kMixed`: there are centred temperatures. g += the divergences' part, for one row and kVector columns; base
+// = exp(unit x) of a chain
 template <bool kMixed, class T>
 __device__ inline void add_divergences(const Problem<typename T::A>& q, const Coefficients<typename T::A>& c,
                                        int i, const typename T::A* table, int columns, bool with_rho,
@@ -195,12 +198,11 @@ __device__ inline void add_divergences(const Problem<typename T::A>& q, const Co
   }
 }
 
-// The gradient of the class's rows in a share of the columns. `cluster`: its divergences count. `at_hand`:
-// the tables of the share's one tile are what the plain form's divergences left.
-template <bool kMixed, class T>
-__device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>& w,
-                                      const Divisors<typename T::A>& by, const Share& share, bool cluster,
-                                      bool with_rho, bool at_hand) {
+// The gradient of the class's rows in a share of the columns, with b.divisors(). `cluster`: its divergences
+// count. `at_hand`: the tables of the share's one tile are what the plain form's divergences left.
+template <class T>
+__device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>& w, const Share& share,
+                                      bool cluster, bool with_rho, bool at_hand) {
   using A = typename T::A;
   using S = typename T::S;
   const Problem<A>& q = b.q;
@@ -210,30 +212,24 @@ __device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>
 #pragma unroll 1
   for (int c0 = share.begin; c0 < share.end; c0 += t.columns) {
     if (cluster && q.centroids) load_tables(b, t, c0);
-    if (cluster && !q.centroids && !at_hand) build_gradient_tables<kMixed>(b, t, c0, with_rho, w.upstream);
+    if (cluster && !q.centroids && !at_hand) build_gradient_tables(b, t, c0, with_rho, w.upstream);
     if (cluster && !q.centroids) clear_padding(b, t, with_rho ? 2 : 1);
     const int columns = share.end - c0 < t.columns ? share.end - c0 : t.columns;
 #pragma unroll 1
     for (int row0 = 0; row0 < b.count; row0 += c.rows) {
       const int rows = b.rows_in_batch(row0, c.rows);
-      stage_gradient<kMixed>(b, w, by, c, row0, rows, cluster);
+      stage_gradient(b, w, c, row0, rows, cluster);
       const int lanes = lanes_for_rows(rows, columns);
 #pragma unroll 1
       for (int i = threadIdx.x / lanes; i < rows; i += kThreads / lanes) {
-        const Row<S> row = b.row_at(b.data()[i]), row_of_first = b.row_at(b.row_data(0));
         S* const to = static_cast<S*>(w.out) + int64_t(b.saved.row[b.first + row0 + i]) * q.classes;
-        const A top = b.top()[i], ce_scale = c.ce_scale[i], ce_target = c.ce_target[i];
 #pragma unroll 1
         for (int column = threadIdx.x % lanes * kVector; column < columns; column += lanes * kVector) {
           const int j = c0 + column;
-          A z[kVector], z0[kVector], x[kVector], d[kVector], g[kVector] = {};
-          load_vector(row, j, q.storage, z);
-          if (kMixed) load_vector(row_of_first, j, q.storage, z0);
+          A z[kVector], x[kVector], d[kVector] = {}, g[kVector] = {};
+          load_vector(b.row_at(b.data()[i]), j, q.storage, z);
 #pragma unroll
-          for (int u = 0; u < kVector; ++u) {
-            x[u] = larger(z[u] - top, q.floor);
-            d[u] = kMixed ? offset(z[u], z0[u], b.shift()[i]) : A(0);
-          }
+          for (int u = 0; u < kVector; ++u) x[u] = larger(z[u] - b.top()[i], q.floor);
           if (cluster) {
             A base[kVector];
             if constexpr (T::kChain) {
@@ -244,13 +240,21 @@ __device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>
                 for (int u = 0; u < kVector; ++u) base[u] = exp_nonpositive(x[u] * q.unit);
               }
             }
-            add_divergences<kMixed, T>(q, c, i, b.table() + column, t.columns, with_rho, x, d, base, g);
+            if (b.centred) {
+              A z0[kVector];
+              load_vector(b.row_at(b.row_data(0)), j, q.storage, z0);
+#pragma unroll
+              for (int u = 0; u < kVector; ++u) d[u] = offset(z[u], z0[u], b.shift()[i]);
+              add_divergences<true, T>(q, c, i, b.table() + column, t.columns, with_rho, x, d, base, g);
+            } else {
+              add_divergences<false, T>(q, c, i, b.table() + column, t.columns, with_rho, x, d, base, g);
+            }
           }
           if (q.has_ce) {
 #pragma unroll
             for (int u = 0; u < kVector;
                  ++u)  // first its own terms, whose difference may be small beside either
-              g[u] += fma(ce_scale, exp_nonpositive(x[u]), j + u == label ? -ce_target : A(0));
+              g[u] += fma(c.ce_scale[i], exp_nonpositive(x[u]), j + u == label ? -c.ce_target[i] : A(0));
             if (q.smoothing > A(0))
               for (int u = 0; u < kVector && j + u < share.end; ++u)
                 g[u] -= c.ce_smooth[i] * (q.class_weight ? q.class_weight[j + u] : A(1));

@@ -40,10 +40,12 @@ const DeviceLimits& current_device() {
   const std::lock_guard<std::mutex> lock(mutex());
   const auto found = known.find(device);
   if (found != known.end()) return found->second;
-  const DeviceLimits limits{device, attribute(cudaDevAttrMultiProcessorCount, device),
+  const DeviceLimits limits{device,
+                            attribute(cudaDevAttrMultiProcessorCount, device),
                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                             attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-                            attribute(cudaDevAttrReservedSharedMemoryPerBlock, device)};
+                            attribute(cudaDevAttrReservedSharedMemoryPerBlock, device),
+                            attribute(cudaDevAttrClusterLaunch, device) != 0};
   return known.emplace(device, limits).first->second;
 }
 

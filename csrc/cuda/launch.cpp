@@ -17,6 +17,8 @@ constexpr int kLongestChain = 64;    // a power's error grows with its exponent
 constexpr double kColdestChain = 4;  // largest a of powers; see gradient.cuh for what is lost beyond
 constexpr int64_t kTypicalRows = 4096, kTypicalElements = 8 << 20;
 constexpr int kMostFinders = 256;
+constexpr int kLargestCluster = 8;    // the most that every device with clusters has
+constexpr int64_t kLeastWidth = 128;  // columns of a block in one
 
 // The temperatures in ascending order, and whether they are consecutive multiples of one number.
 struct Grid {
@@ -139,15 +141,21 @@ class Parts {
   int64_t bytes_ = 0;
 };
 
+// `cluster`: neighbouring blocks that may wait for each other
 template <class P>
-void launch(Kernel<P> kernel, int blocks, int shared_bytes, cudaStream_t stream, const P& p,
-            const Call& call) {
+void launch(Kernel<P> kernel, int blocks, int shared_bytes, cudaStream_t stream, const P& p, const Call& call,
+            int cluster = 1) {
   allow_shared_memory(reinterpret_cast<const void*>(kernel), current_device().index, shared_bytes);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = stream;
+  cudaLaunchAttribute together;
+  together.id = cudaLaunchAttributeClusterDimension;
+  together.val.clusterDim.x = unsigned(cluster), together.val.clusterDim.y = together.val.clusterDim.z = 1;
+  config.attrs = &together;
+  config.numAttrs = cluster > 1 ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, p);
   if (error != cudaSuccess)
     fail(error, "launching a kernel for logits (" + std::to_string(call.rows) + ", " +
@@ -171,13 +179,19 @@ int64_t narrow_tiles(const Call& call) {
 // How the forward kernels share a call out over the device.
 struct Plan {
   bool tiled;
-  int parts = 1;    // most of a class's columns
+  int parts = 1;    // most of a class's columns; of the fused kernel, the blocks of a cluster
   int items = 0;    // that keep the device busy
   int finders = 0;  // blocks that look for classes
 
   Plan(const Call& call, const Choice& choice, const DeviceLimits& device, bool centroids) {
     tiled = centroids || wants_sorted_targets(call);
-    if (!tiled) return;
+    if (!tiled) {
+      // Blocks of a slot without a class end at once, but begin: four for each multiprocessor are two turns.
+      while (device.has_clusters && 2 * parts <= kLargestCluster && call.classes >= 2 * parts * kLeastWidth &&
+             2 * parts * slots(call) <= 4 * device.processors)
+        parts *= 2;
+      return;
+    }
     items = 4 * device.processors;
     finders = int(std::clamp<int64_t>(call.rows / kThreads, 1, kMostFinders));
     parts = most_parts(call, choice, items);
@@ -203,12 +217,14 @@ void take_forward_parts(Parts& memory, Forward<A>& f, const Call& call, const Ch
   memory.take(f.own_saved, saved_in_scratch(call));
   memory.take(f.value, 1);  // where there is no one to read it
   memory.take(f.ce, call.rows);
-  memory.take(f.partial, plan.parts * call.rows * choice.padded);
+  memory.take(f.partial, (plan.tiled ? 1 : 2) * plan.parts * call.rows * choice.padded);
+  memory.take(f.kl, plan.tiled ? 0 : call.rows * choice.padded);
+  memory.take(f.scanned, plan.tiled ? 0 : plan.parts * call.rows * kScanned);
   memory.take(f.sums, (choice.padded + kClassSums) * slots_);
   memory.take(f.found, kFounds);
   memory.take(f.ticket, 1);
   memory.take(f.leaders, 2 * plan.finders);
-  memory.take(f.widest, plan.tiled ? slots_ * plan.parts : 0);
+  memory.take(f.widest, slots_ * plan.parts);
 }
 
 // Typical: every block can read all targets, and one block to a class keeps the device busy.
@@ -288,12 +304,18 @@ void set_gradient(Backward<A>& w, const Call& call, void* out) {
 
 // The fused kernel: the value, and with `out` the gradient
 template <class T, class A = typename T::A>
-void launch_fused(ForwardLaunch<A>& p, const Backward<A>& w, cudaStream_t stream, const Call& call) {
+void launch_fused(ForwardLaunch<A>& p, const Backward<A>& w, const Plan& plan, cudaStream_t stream,
+                  const Call& call) {
+  constexpr int64_t unit = 16 / sizeof(typename T::S);  // a part begins where 16 bytes do
   const DeviceLimits& device = current_device();
+  const int blocks = slots(call) * plan.parts;
+  Forward<A>& f = p.forward;
   p.backward = w;
-  p.forward.ticket = ticket(device, stream, p.forward.ticket);
-  p.forward.chip_bytes = device.room_for_rows(block_bytes<A>(p), slots(call));
-  launch(fused_kernel<T>(), slots(call), block_bytes<A>(p), stream, p, call);
+  while (1 << f.cluster < plan.parts) ++f.cluster;
+  f.width = int(((call.classes + plan.parts - 1) / plan.parts + unit - 1) / unit * unit);
+  f.ticket = ticket(device, stream, f.ticket);
+  f.chip_bytes = device.room_for_rows(block_bytes<A>(p), blocks);
+  launch(fused_kernel<T>(), blocks, block_bytes<A>(p), stream, p, call, plan.parts);
 }
 
 }  // namespace
@@ -337,7 +359,7 @@ void forward(const Call& call, const SortedTargets& sorted, void* value, void* s
     if (plan.tiled) return forward_tiled<T>(p, plan, stream, call);
     Backward<A> w{};
     set_gradient(w, call, gradient);
-    launch_fused<T>(p, w, stream, call);
+    launch_fused<T>(p, w, plan, stream, call);
   });
 }
 
@@ -354,7 +376,7 @@ void backward_of_kept(const Call& call, const void* grad, const void* kept, void
     w.grad = static_cast<const A*>(grad);
     w.kept = kept;
     set_gradient(w, call, out);
-    launch_fused<T>(p, w, stream, call);
+    launch_fused<T>(p, w, plan, stream, call);
   });
 }
 

@@ -114,7 +114,8 @@ template <class A>
 struct Forward {
   A* value;            // (), (N) or (K); null where centroids are wanted
   A* ce;               // (N) cross entropy at each position
-  A* partial;          // (parts, N, padded), see divergences()
+  A* partial;          // (parts, N, padded), twice over for the fused kernel: sums over parts of the columns
+  A* kl;               // (N, padded)
   A* sums;             // (padded + kClassSums, slots) sums over each class
   A* own_saved;        // where Saved is if no one keeps it
   int* found;          // (kFounds)
@@ -122,11 +123,15 @@ struct Forward {
   int64_t* bad_label;  // a word of host memory that tells of a label out of range, see pack_label()
   int table_bytes, chip_bytes;
 
+  // The fused kernel alone: 1 << cluster blocks share a class's columns out, `width` of them each
+  int cluster, width;
+  A* scanned;  // (parts, N, kScanned) what each part finds in a row, see scan_rows()
+
   // The tiled kernels alone:
   const int64_t* sorted;  // (N) targets in ascending order
   const int64_t* order;   // (N) their rows, in the order of the batch where targets are equal
   int* leaders;     // (finders, 2) of each block that looks for classes: those it found, labels out of range
-  A* widest;        // (slots, parts) largest d
+  A* widest;        // (slots, parts) largest d; the fused kernel has it too
   int parts;        // most parts that a class's columns are shared out in
   int items;        // parts of classes that keep the device busy
   A* centroids;     // (K, C, C), zero; null: the loss is wanted
@@ -134,6 +139,7 @@ struct Forward {
 };
 
 enum Found { kBadLabels, kClasses, kCollapsedClasses, kFounds };
+enum Scanned { kTop, kExponentials, kWeighted, kWeights, kScanned };
 enum ClassSum { kClassCe, kClassWeight, kClassCount, kClassPresent, kClassSums };
 
 // What the kernels that compute the gradient read and write.
@@ -178,7 +184,7 @@ struct Sizes {
   static constexpr int combine = kThreads * kVector * (chunk / 2) * int(sizeof(A));
   static constexpr int constants = 14 * 1024;
   static constexpr int rows = kBatch * (8 + 3 * int(sizeof(A)));
-  static constexpr int scratch = kWarps * 8 * int(sizeof(A)) + 5 * kWarps * 4;
+  static constexpr int scratch = (kWarps * 8 + 4) * int(sizeof(A)) + 5 * kWarps * 4;
   static constexpr int fixed = combine + constants + rows + scratch;
 };
 

@@ -13,15 +13,16 @@ struct RowSums {
   A weighted, weights;  // sum_j class_weight_j z_j and sum_j class_weight_j, for label smoothing
 };
 
-// One pass, a thread's part. With `exponentials` their sum is rescaled whenever a larger logit comes by.
+// One pass over columns begin .. end - 1, a thread's part. With `exponentials` their sum is rescaled whenever
+// a larger logit comes by.
 template <class T>
 __device__ inline RowSums<typename T::A> scan_row(const Problem<typename T::A>& q,
-                                                  const Row<typename T::S>& row, int lane, int lanes,
-                                                  bool exponentials) {
+                                                  const Row<typename T::S>& row, int begin, int end, int lane,
+                                                  int lanes, bool exponentials) {
   using A = typename T::A;
   RowSums<A> s{lowest(A()), 0, 0, 0};
 #pragma unroll 1
-  for (int j = lane * kVector; j < q.classes; j += lanes * kVector) {
+  for (int j = begin + lane * kVector; j < end; j += lanes * kVector) {
     A z[kVector];
     load_vector(row, j, q.storage, z);
     const A top = larger_or_nan(larger_or_nan(z[0], z[1]), larger_or_nan(z[2], larger_or_nan(z[3], s.top)));
@@ -32,7 +33,7 @@ __device__ inline RowSums<typename T::A> scan_row(const Problem<typename T::A>& 
     }
     s.top = top;
     if (q.smoothing > A(0))
-      for (int u = 0; u < kVector && j + u < q.classes; ++u) {
+      for (int u = 0; u < kVector && j + u < end; ++u) {
         const A w = q.class_weight ? q.class_weight[j + u] : A(1);
         s.weighted += w * z[u], s.weights += w;
       }
@@ -64,56 +65,69 @@ __device__ inline A sum_or_nan(A sum, A top) {
   return sum > A(0) && top < infinity<A>() ? sum : not_a_number<A>();
 }
 
-// Statistics of the rows at `count` positions from `first`: top and ce_sum, and sum if `all`, into
-// saved; the cross entropy to ce[position]; the powers' exponentials where they are kept. Rows may be of
-// different classes unless they are on chip. Barrier after.
-template <class T>
-__device__ inline void row_statistics(Block<T>& b, int count, bool all, typename T::A* ce) {
+// Whether the cross entropy's sum is one of the temperatures', where these are wanted
+template <class A>
+__device__ inline bool shares_sum(const Problem<A>& q, bool temperatures) {
+  return temperatures && q.one >= 0;
+}
+
+// What the rows at `count` positions from `first` hold in the block's columns: call(position, sums) in one
+// thread for each row. Rows may be of different classes unless they are on chip. Barrier after.
+template <class T, class F>
+__device__ inline void scan_rows(Block<T>& b, int count, bool exponentials, F call) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
-  const Saved<A>& saved = b.saved;
-  const int lanes = lanes_for_rows(count, q.classes), groups = kThreads / lanes;
+  const int lanes = lanes_for_rows(count, b.width()), groups = kThreads / lanes;
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-  const bool shared_sum = all && q.one >= 0;  // the cross entropy's is one of the temperatures'
 #pragma unroll 1
   for (int i0 = 0; i0 < count; i0 += groups) {
     const int i = i0 + group, position = b.first + i;
-    const int64_t y = i < count ? target_at(q, saved.row[position]) : -1;
-    const bool there = kept(q, y);
-    const Row<typename T::S> row = b.row_at(there ? b.row_data(i) : nullptr);
+    const bool there = i < count && kept(q, target_at(q, b.saved.row[position]));
     RowSums<A> s{lowest(A()), 0, 0, 0};
-    if (there) s = scan_row<T>(q, row, lane, lanes, !shared_sum);
+    if (there) s = scan_row<T>(q, b.row_at(b.row_data(i)), b.begin, b.end, lane, lanes, exponentials);
     const A mine = s.top;
     s.top = largest_in_group(s.top, lanes, b.scratch());
     A v[3] = {s.exponentials * exp_nonpositive(mine - s.top), s.weighted, s.weights};
     sum_group(v, lanes, b.scratch());
     s.exponentials = v[0], s.weighted = v[1], s.weights = v[2];
-    if (there && lane == 0) {
-      const CrossEntropy<A> entropy(q, s, widen(row.data[y * row.stride], q.storage),
-                                    q.class_weight ? q.class_weight[y] : A(1));
-      saved.top[position] = s.top;
-      if (shared_sum) {  // until the sum is known
-        ce[position] = entropy.rest;
-        saved.ce_sum[position] = entropy.slope;
-      } else {
-        const A sum = sum_or_nan(s.exponentials, s.top);
-        saved.ce_sum[position] = sum;
-        ce[position] = fma(entropy.slope, log_of(sum), entropy.rest);
-      }
-    }
+    if (there && lane == 0) call(position, s);
   }
   __syncthreads();
-  if (!all) return;
+}
+
+// saved.top and ce_sum of a row, and its cross entropy to ce[position]; with `shared_sum` these wait for
+// finish_sum(), and the places hold the slope and the rest.
+template <class T>
+__device__ inline void finish_scan(const Block<T>& b, int position, const RowSums<typename T::A>& s,
+                                   bool shared_sum, typename T::A* ce) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  const int64_t y = target_at(q, b.saved.row[position]);
+  const CrossEntropy<A> entropy(q, s, b.logit(position - b.first, y),
+                                q.class_weight ? q.class_weight[y] : A(1));
+  b.saved.top[position] = s.top;
+  const A sum = shared_sum ? entropy.slope : sum_or_nan(s.exponentials, s.top);
+  b.saved.ce_sum[position] = sum;
+  ce[position] = shared_sum ? entropy.rest : fma(entropy.slope, log_of(sum), entropy.rest);
+}
+
+// Sums of the exponentials of every temperature in the block's columns: call(row, k, sum) in one thread for
+// each. Keeps the exponentials that the powers begin with. Barrier after.
+template <class T, class F>
+__device__ inline void sum_rows(Block<T>& b, int count, F call) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  const int lanes = lanes_for_rows(count, b.width());
 #pragma unroll 1
   for (int k0 = 0; k0 < q.padded; k0 += T::kChunk)
     b.sum_over_columns(
         count, lanes, b.constants(),
-        [&](int i, int lane_, A(&sum)[T::kChunk]) {
-          if (!kept(q, target_at(q, saved.row[b.first + i]))) return;
+        [&](int i, int lane, A(&sum)[T::kChunk]) {
+          if (!kept(q, target_at(q, b.saved.row[b.first + i]))) return;
           const Row<typename T::S> row = b.row_at(b.row_data(i));
-          const A top = saved.top[b.first + i];
+          const A top = b.saved.top[b.first + i];
 #pragma unroll 1
-          for (int j = lane_ * kVector; j < q.classes; j += lanes * kVector) {
+          for (int j = b.begin + lane * kVector; j < b.end; j += lanes * kVector) {
             A z[kVector], first[kVector] = {};
             load_vector(row, j, q.storage, z);
 #pragma unroll
@@ -130,14 +144,19 @@ __device__ inline void row_statistics(Block<T>& b, int count, bool all, typename
             if (T::kChain && b.powers_kept && k0 == 0) store_four(b.kept_powers(i) + j, first);
           }
         },
-        [&](int i, int k, A total) {
-          const int position = b.first + i;
-          const A sum = sum_or_nan(total, saved.top[position]);
-          saved.sum[b.statistic(i, k0 + k)] = sum;
-          if (!shared_sum || k0 + k != q.one) return;
-          ce[position] = fma(saved.ce_sum[position], log_of(sum), ce[position]);
-          saved.ce_sum[position] = sum;
-        });
+        [&](int i, int k, A total) { call(i, k0 + k, total); });
+}
+
+// saved.sum of a row and temperature, and the cross entropy that finish_scan() left to it
+template <class T>
+__device__ inline void finish_sum(const Block<T>& b, int row, int k, typename T::A total, bool shared_sum,
+                                  typename T::A* ce) {
+  const int position = b.first + row;
+  const typename T::A sum = sum_or_nan(total, b.saved.top[position]);
+  b.saved.sum[b.statistic(row, k)] = sum;
+  if (!shared_sum || k != b.q.one) return;
+  ce[position] = fma(b.saved.ce_sum[position], log_of(sum), ce[position]);
+  b.saved.ce_sum[position] = sum;
 }
 
 // The first pass of the centred form over columns begin .. end - 1: their part of sum_j P0 v for each row, to

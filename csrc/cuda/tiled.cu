@@ -143,7 +143,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     for (int i = at + int(threadIdx.x); i < at + count && !every; i += kThreads)
       shared_label |=
           (i > 0 && f.sorted[i - 1] == f.sorted[i]) || (i + 1 < q.rows && f.sorted[i + 1] == f.sorted[i]);
-    row_statistics(b, count, __syncthreads_or(shared_label) != 0, f.ce);
+    const bool all = __syncthreads_or(shared_label) != 0, shared_sum = shares_sum(q, all);
+    scan_rows(b, count, !shared_sum,
+              [&](int position, const auto& sums) { finish_scan(b, position, sums, shared_sum, f.ce); });
+    if (all)
+      sum_rows(b, count, [&](int row, int k, auto sum) { finish_sum(b, row, k, sum, shared_sum, f.ce); });
   }
 }
 
@@ -228,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
       if (kAgain) finish_centred(b, f.partial);
       if (q.centroids) finish_given(b, f.partial);
     }
-    const uint64_t collapsed = sum_class(b, f, slot, cluster ? f.partial : nullptr);
+    const uint64_t collapsed = sum_class(b, f, slot, cluster ? f.partial : nullptr, true);
     if (q.reduction == kNone) store_rows(b, f, cluster ? f.partial : nullptr);
     if (kAgain || !collapsed || q.centroids || threadIdx.x != 0) continue;
     keep_mask(b.saved, slot, collapsed);

@@ -31,6 +31,7 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 unsigned char* emulated_shared_memory();
 void __syncthreads();
 int __syncthreads_or(int vote);
+void emulated_cluster_barrier();
 // 16 bytes, both addresses at a multiple of that (an error if not)
 void emulated_copy16(void* to, const void* from);
 // Every lane of the warp gives 8 bytes and gets those of lane `from`.
@@ -80,15 +81,27 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrReservedSharedMemoryPerBlock,
+  cudaDevAttrClusterLaunch,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 enum { cudaHostAllocPortable = 1, cudaHostAllocMapped = 2 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 const char* cudaGetErrorString(cudaError_t);

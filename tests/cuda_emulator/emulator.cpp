@@ -21,7 +21,10 @@ int g_shared_kb = 227;  // shared memory a block may have
 bool g_capturing = false;
 uint64_t g_launches = 0;
 
-struct Fiber;
+struct Cluster {
+  int live = 0, at_barrier = 0;  // threads
+  unsigned round = 0;
+};
 struct Warp {
   uint64_t given[2][kWarp];
   int arrived = 0;
@@ -33,6 +36,7 @@ struct BlockState {
   int voted[2] = {};
   unsigned round = 0;
   unsigned char* shared = nullptr;
+  Cluster* cluster = nullptr;
   std::vector<Warp> warps;
 };
 struct Fiber {
@@ -83,6 +87,7 @@ void run_fiber() {
   g_body(g_argument);
   g_now->done = true;
   --g_now->block->live;
+  --g_now->block->cluster->live;
   emulator_switch(&g_now->stack_pointer, g_scheduler);
   std::abort();
 }
@@ -178,6 +183,17 @@ int __syncthreads_or(int vote) {
   return b.voted[round % 2];
 }
 
+void emulated_cluster_barrier() {
+  Cluster& c = *g_now->block->cluster;
+  const unsigned round = c.round;
+  if (++c.at_barrier == c.live) {
+    c.at_barrier = 0;
+    ++c.round;
+    return;
+  }
+  wait_until_changed(&c.round, round);
+}
+
 void emulated_copy16(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
     fail("a copy of 16 bytes that is not aligned");
@@ -211,32 +227,42 @@ cudaError_t emulated_launch(const cudaLaunchConfig_t& config, void (*body)(const
                             const void* argument) {
   ++g_launches;
   const unsigned blocks = config.gridDim.x, threads = config.blockDim.x;
+  const unsigned together = config.numAttrs > 0 ? config.attrs->val.clusterDim.x : 1;
   const size_t bytes = config.dynamicSmemBytes;
   if (bytes > size_t(g_shared_kb) * 1024 || blocks == 0) return cudaErrorInvalidValue;
+  if (together == 0 || together > 8 || blocks % together != 0) return cudaErrorInvalidValue;
   blockDim = config.blockDim;
   gridDim = config.gridDim;
   g_body = body;
   g_argument = argument;
 
   static std::vector<char*> stacks;
-  while (stacks.size() < threads) stacks.push_back(static_cast<char*>(std::malloc(kStack)));
-  static std::map<size_t, unsigned char*> memory;  // by size, since its end is guarded
-  unsigned char*& shared = memory[bytes];
-  if (!shared) shared = guarded(bytes);
-  BlockState block;
-  block.shared = shared;
-  block.warps.resize(threads / kWarp);
-  std::vector<Fiber> fibers(threads);
-  for (unsigned i = 0; i < blocks; ++i) {
-    block.index = g_order == 1 ? blocks - 1 - i : i;
-    block.live = int(threads);
-    std::memset(shared, 0xff, bytes);  // NaN
-    for (unsigned t = 0; t < threads; ++t) {
-      fibers[t].stack = stacks[t];
-      fibers[t].thread = t, fibers[t].block = &block;
-      prepare(fibers[t]);
+  while (stacks.size() < threads * together) stacks.push_back(static_cast<char*>(std::malloc(kStack)));
+  static std::map<size_t, std::vector<unsigned char*>> memory;  // by size, since its end is guarded
+  auto& shared = memory[bytes];
+  while (shared.size() < together) shared.push_back(guarded(bytes));
+  Cluster cluster;
+  std::vector<BlockState> block(together);
+  std::vector<Fiber> fibers(threads * together);
+  for (unsigned i = 0; i < blocks; i += together) {
+    cluster.live = int(threads * together);
+    for (unsigned member = 0; member < together; ++member) {
+      BlockState& b = block[member];
+      b.index = (g_order == 1 ? blocks - together - i : i) + member;
+      b.live = int(threads);
+      b.cluster = &cluster;
+      b.shared = shared[member];
+      b.warps.resize(threads / kWarp);
+      std::memset(b.shared, 0xff, bytes);  // NaN
+      for (unsigned t = 0; t < threads; ++t) {
+        Fiber& f = fibers[member * threads + t];
+        f.stack = stacks[member * threads + t];
+        f.thread = t, f.block = &b;
+        prepare(f);
+      }
     }
     run_all(fibers);
+    if (cluster.at_barrier != 0) fail("threads that wait for blocks which have ended");
   }
   return cudaSuccess;
 }
@@ -262,6 +288,7 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   *value = which == cudaDevAttrMultiProcessorCount                ? g_processors
+           : which == cudaDevAttrClusterLaunch                    ? 1
            : which == cudaDevAttrMaxSharedMemoryPerBlockOptin     ? g_shared_kb * 1024
            : which == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? (g_shared_kb + 1) * 1024
                                                                   : 1024;
