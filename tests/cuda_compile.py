@@ -1,6 +1,6 @@
 """The CUDA library compiled as setup.py does it, with the compiler's report of what every kernel takes.
 
-`python tests/cuda_compile.py` prints the table of docs/performance_gpu.md.
+`python -m tests.cuda_compile` prints the table of docs/performance_gpu.md.
 """
 
 from __future__ import annotations

@@ -37,7 +37,6 @@ FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 
 AUTOMATIC, FUSED, TILED = range(3)
-_path = AUTOMATIC
 
 
 def compiler() -> str:
@@ -88,7 +87,7 @@ def emulated() -> SimpleNamespace:
         NAME="cuda",
         unusable=lambda: None,
         refuses=lambda logits, temperatures: None,
-        keeps_gradient=lambda logits, reduction: _path != TILED and cuda.keeps_gradient(logits, reduction),
+        keeps_gradient=cuda.keeps_gradient,
         saved_like=cuda.saved_like,
         loss=operators.loss.default,
         loss_backward=operators.loss_backward.default,
@@ -105,15 +104,12 @@ def settings(
     path: int = AUTOMATIC, order: int = 0, processors: int = 3, shared_kb: int = 227, capturing: bool = False
 ) -> Iterator[None]:
     """Which kernels run; the order of threads (0 ascending, 1 descending, else a seed); the device's size."""
-    global _path
     backend = emulated()
     try:
-        _path = path
         backend.native.emulator_set(order, processors, shared_kb, int(capturing))
         backend.set_path(path)
         yield
     finally:
-        _path = AUTOMATIC
         backend.native.emulator_set(0, 3, 227, 0)
         backend.set_path(AUTOMATIC)
 

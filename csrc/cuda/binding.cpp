@@ -210,7 +210,7 @@ Tensor loss_backward(Tensor grad, Tensor saved, Tensor logits, Tensor target, Do
   if (call.rows == 0) return out;
   const OnDevice device(logits);
   if (keeps) {
-    Tensor scratch = empty(logits, {cmim::cuda::forward_scratch(call)}, type);
+    Tensor scratch = empty(logits, {cmim::cuda::kept_scratch(call)}, type);
     cmim::cuda::backward_of_kept(call, grad.const_data_ptr(), given_away ? nullptr : saved.const_data_ptr(),
                                  out.mutable_data_ptr(), scratch.mutable_data_ptr(), device.stream());
     return out;

@@ -183,8 +183,8 @@ struct Plan {
   int items = 0;    // that keep the device busy
   int finders = 0;  // blocks that look for classes
 
-  Plan(const Call& call, const Choice& choice, const DeviceLimits& device, bool centroids) {
-    tiled = centroids || wants_sorted_targets(call);
+  Plan(const Call& call, const Choice& choice, const DeviceLimits& device, bool with_tiles)
+      : tiled(with_tiles) {
     if (!tiled) {
       // Blocks of a slot without a class end at once, but begin: four for each multiprocessor are two turns.
       while (device.has_clusters && 2 * parts <= kLargestCluster && call.classes >= 2 * parts * kLeastWidth &&
@@ -240,9 +240,9 @@ int64_t forward_bytes(const Call& call, const Choice& choice, const Plan& plan) 
   return memory.bytes();
 }
 
-int64_t forward_elements(const Call& call, bool centroids) {
+int64_t forward_elements(const Call& call, bool tiled) {
   const Choice choice(call);
-  const Plan plan(call, choice, current_device(), centroids);
+  const Plan plan(call, choice, current_device(), tiled);
   if (call.storage == Storage::f64)
     return forward_bytes<double>(call, choice, plan) / int64_t(sizeof(double));
   return forward_bytes<float>(call, choice, plan) / int64_t(sizeof(float));
@@ -302,6 +302,21 @@ void set_gradient(Backward<A>& w, const Call& call, void* out) {
   w.table_bytes = current_device().table_bytes();
 }
 
+// The gradient from what forward saved; `scratch` for reduction "none" alone
+template <class T, class A = typename T::A>
+void launch_gradient(const Problem<A>& problem, const Saved<A>& saved, Backward<A> w, A* scratch,
+                     cudaStream_t stream, const Call& call) {
+  w.upstream = scratch;
+  w.dots = scratch ? scratch + call.rows : nullptr;
+  w.items = 4 * current_device().processors;
+  w.parts = int(std::clamp<int64_t>(narrow_tiles(call), 1, w.items));
+  const BackwardLaunch<A> p{problem, saved, w};
+  const int bytes = Sizes<A>::fixed + w.table_bytes;
+  if (call.reduction == kNone && problem.has_cmi && !call.centroids)
+    launch(row_dots_kernel<T>(), grid(slots(call)), bytes, stream, p, call);
+  launch(gradient_kernel<T>(), grid(int64_t(slots(call)) * w.parts), bytes, stream, p, call);
+}
+
 // The fused kernel: the value, and with `out` the gradient
 template <class T, class A = typename T::A>
 void launch_fused(ForwardLaunch<A>& p, const Backward<A>& w, const Plan& plan, cudaStream_t stream,
@@ -330,11 +345,15 @@ bool wants_sorted_targets(const Call& call) {
 }
 
 int64_t forward_scratch(const Call& call) {
-  return forward_elements(call, false);
+  return forward_elements(call, wants_sorted_targets(call));
 }
 
 int64_t centroids_scratch(const Call& call) {
   return forward_elements(call, true);
+}
+
+int64_t kept_scratch(const Call& call) {
+  return forward_elements(call, false);
 }
 
 int64_t backward_scratch(const Call& call) {
@@ -343,23 +362,24 @@ int64_t backward_scratch(const Call& call) {
 
 bool can_keep_gradient(const Call& call) {
   return (call.reduction == kMean || call.reduction == kSum) && call.storage != Storage::f16 &&
-         !wants_sorted_targets(call);
+         is_typical(call);
 }
 
 void forward(const Call& call, const SortedTargets& sorted, void* value, void* saved, void* gradient,
              void* scratch, cudaStream_t stream) {
   const Choice choice(call);
-  const Plan plan(call, choice, current_device(), false);
+  const Plan plan(call, choice, current_device(), wants_sorted_targets(call));
   with_kind(call, choice, [&](auto kind) {
     using T = decltype(kind);
     using A = typename T::A;
     Parts memory(scratch);
     ForwardLaunch<A> p = forward_launch<A>(call, sorted, choice, plan, saved, memory);
     p.forward.value = static_cast<A*>(value);
-    if (plan.tiled) return forward_tiled<T>(p, plan, stream, call);
     Backward<A> w{};
     set_gradient(w, call, gradient);
-    launch_fused<T>(p, w, plan, stream, call);
+    if (!plan.tiled) return launch_fused<T>(p, w, plan, stream, call);
+    forward_tiled<T>(p, plan, stream, call);
+    if (gradient) launch_gradient<T>(p.problem, p.saved, w, static_cast<A*>(nullptr), stream, call);
   });
 }
 
@@ -401,24 +421,15 @@ void class_centroids(const Call& call, const SortedTargets& sorted, void* centro
 void backward(const Call& call, const void* grad, int64_t grad_stride, void* saved, void* out, void* scratch,
               cudaStream_t stream) {
   const Choice choice(call);
-  const DeviceLimits& device = current_device();
   with_kind(call, choice, [&](auto kind) {
     using T = decltype(kind);
     using A = typename T::A;
-    BackwardLaunch<A> p{};
-    p.problem = make_problem<A>(call, choice);
-    p.saved = saved_in(static_cast<A*>(saved), call.rows, slots(call), choice.padded);
-    Backward<A>& w = p.backward;
+    Backward<A> w{};
     w.grad = static_cast<const A*>(grad), w.grad_stride = grad_stride;
     set_gradient(w, call, out);
-    w.upstream = static_cast<A*>(scratch);
-    w.dots = w.upstream + call.rows;
-    w.items = 4 * device.processors;
-    w.parts = int(std::clamp<int64_t>(narrow_tiles(call), 1, w.items));
-    const int bytes = Sizes<A>::fixed + w.table_bytes;
-    if (call.reduction == kNone && p.problem.has_cmi && !call.centroids)
-      launch(row_dots_kernel<T>(), grid(slots(call)), bytes, stream, p, call);
-    launch(gradient_kernel<T>(), grid(int64_t(slots(call)) * w.parts), bytes, stream, p, call);
+    launch_gradient<T>(make_problem<A>(call, choice),
+                       saved_in(static_cast<A*>(saved), call.rows, slots(call), choice.padded), w,
+                       static_cast<A*>(scratch), stream, call);
   });
 }
 

@@ -71,13 +71,14 @@ struct SortedTargets {
 // Whether forward() wants the targets sorted, which class_centroids() always does.
 bool wants_sorted_targets(const Call& call);
 
-// Whether forward() can leave the gradient, in the logits' type: where one kernel does a call whose upstream
-// gradient is one number. Not in float16, where it could underflow before it is scaled.
+// Whether forward() can leave the gradient, in the logits' type: of a typical batch whose upstream gradient
+// is one number. Not in float16, where it could underflow before it is scaled.
 bool can_keep_gradient(const Call& call);
 
 // Elements of the arithmetic type that the caller allocates for `scratch`; of the current device.
 int64_t forward_scratch(const Call& call);
 int64_t centroids_scratch(const Call& call);
+int64_t kept_scratch(const Call& call);
 int64_t backward_scratch(const Call& call);
 
 // Enqueue on `stream` of the current device; rows > 0. Throw std::runtime_error with the shape if that fails.
@@ -89,7 +90,7 @@ void forward(const Call& call, const SortedTargets& sorted, void* value, void* s
 void backward(const Call& call, const void* grad, int64_t grad_stride, void* saved, void* out, void* scratch,
               cudaStream_t stream);
 // The gradient of a call that can keep it: `kept` scaled where that rounds once, else computed again, as it
-// is without `kept`. The scratch is forward's.
+// is without `kept`.
 void backward_of_kept(const Call& call, const void* grad, const void* kept, void* out, void* scratch,
                       cudaStream_t stream);
 // centroids (K, C, C) and counts (C) hold zeros.
