@@ -33,7 +33,7 @@ struct Block {
   uint64_t centred;  // mask of the temperatures that are computed in the centred form
   unsigned staged;   // which constants are there, see stage()
   bool on_chip;      // the class's rows have been copied into shared memory
-  bool powers_kept;  // and there is room for one exponential of each logit, see row_statistics()
+  bool powers_kept;  // and there is room for one exponential of each logit, see sum_rows()
 
   __device__ Block(const Problem<A>& problem, const Saved<A>& s, int bytes_of_table, int bytes_of_chip)
       : q(problem), saved(s), table_bytes(bytes_of_table), chip_bytes(bytes_of_chip) {

@@ -49,7 +49,7 @@ __device__ inline void finish_given(const Block<T>& b, const typename T::A* kl) 
 #pragma unroll 1
       for (int j = lane; j < q.classes; j += kWarp) sum += centroid[j];
     }
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += from_lane(sum, distance);
+    sum = sum_over_warp(sum);
 #pragma unroll 1
     for (int row = lane; row < b.count; row += kWarp)
       b.saved.divergence[b.statistic(row, k)] = kl[b.statistic(row, k)] + (A(1) - sum);
@@ -88,8 +88,7 @@ __device__ inline uint64_t sum_class(const Block<T>& b, const Forward<typename T
       else if (kl)
         sum.add(kl_of(b, row, which, kl));
     }
-    A total = sum.value();
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) total += from_lane(total, distance);
+    const A total = sum_over_warp(sum.value());
     if (lane != 0) continue;
     if (tell) *class_sum(q, f, which, slot) = total;
     if (which < q.padded) b.combine()[which] = total;

@@ -56,7 +56,7 @@ __device__ inline void choose_scales(const Block<T>& b) {
     A total = 0;
 #pragma unroll 1
     for (int row = lane; row < b.count; row += kWarp) total += b.saved.sum[b.statistic(row, k)];
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) total += from_lane(total, distance);
+    total = sum_over_warp(total);
     if (lane == 0) b.saved.growth[b.statistic(0, k)] = total / A(b.count);
   }
   __syncthreads();

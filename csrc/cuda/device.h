@@ -74,7 +74,8 @@ __device__ inline A from_lane(A v, int distance) {
   return __shfl_xor_sync(kEveryLane, v, distance);
 }
 
-__device__ inline int sum_over_warp(int v) {
+template <class V>
+__device__ inline V sum_over_warp(V v) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) v += from_lane(v, distance);
   return v;
 }

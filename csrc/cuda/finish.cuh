@@ -36,8 +36,7 @@ __device__ inline void finish_value(const Problem<A>& q, const Forward<A>& f, in
     CarefulSum<A> sum;
 #pragma unroll 1
     for (int slot = lane; slot < slots; slot += kWarp) sum.add(__ldcg(class_sum(q, f, which, slot)));
-    A total = sum.value();
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) total += from_lane(total, distance);
+    const A total = sum_over_warp(sum.value());
     if (lane == 0) scratch[which] = total;
   }
   __syncthreads();
