@@ -75,7 +75,6 @@ pytestmark = needs_x86
 @pytest.fixture(params=[FUSED, TILED], ids=["fused", "tiled"])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     monkeypatch.setitem(dispatch._modules, "cuda", emulated())
-    with settings(
-        request.param, processors=60 if request.param == FUSED else 5
-    ):  # in clusters of blocks, too
+    processors = 60 if request.param == FUSED else 5  # enough for clusters of blocks, or few
+    with settings(request.param, processors=processors):
         yield Place("cuda", "cpu", ALL)

@@ -32,6 +32,18 @@ constexpr A kWidestExponent = A(60);
 
 enum Form : int { kPlain, kCentred, kGiven };
 
+// exp(unit x) of kVector columns from j of a row of the class, with which its powers begin
+template <class T>
+__device__ inline void first_powers(const Block<T>& b, int row, int j, const typename T::A (&x)[kVector],
+                                    typename T::A (&first)[kVector]) {
+  if (b.powers_kept) {
+    load_four(b.kept_powers(row) + j, first);
+  } else {
+#pragma unroll
+    for (int u = 0; u < kVector; ++u) first[u] = exp_nonpositive(x[u] * b.q.unit);
+  }
+}
+
 template <class T>
 struct Plain {
   using A = typename T::A;
@@ -42,23 +54,18 @@ struct Plain {
 
   // Row i of the batch, `row` of the class
   __device__ void load(const Block<T>& b, int i, int row, int j, int k0) {
-    A z[kVector];
-    load_vector(b.row_at(b.data()[i]), j, b.q.storage, z);
-    const A top = b.top()[i];
+    A x[kVector];
+    load_vector(b.row_at(b.data()[i]), j, b.q.storage, x);
+#pragma unroll
+    for (int u = 0; u < kVector; ++u) x[u] = larger(x[u] - b.top()[i], b.q.floor);
     if constexpr (T::kChain) {
       A first[kVector];
-      if (b.powers_kept) {
-        load_four(b.kept_powers(row) + j, first);
-      } else {
+      first_powers(b, row, j, x, first);
 #pragma unroll
-        for (int u = 0; u < kVector; ++u)
-          first[u] = exp_nonpositive(larger(z[u] - top, b.q.floor) * b.q.unit);
-      }
-#pragma unroll
-      for (int u = 0; u < kVector; ++u) powers[u].start(b.q, larger(z[u] - top, b.q.floor), k0, first[u]);
+      for (int u = 0; u < kVector; ++u) powers[u].start(b.q, x[u], k0, first[u]);
     } else {
 #pragma unroll
-      for (int u = 0; u < kVector; ++u) powers[u].start(b.q, larger(z[u] - top, b.q.floor), k0);
+      for (int u = 0; u < kVector; ++u) powers[u].start(b.q, x[u], k0);
     }
   }
   __device__ void next() {

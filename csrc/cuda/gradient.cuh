@@ -232,14 +232,7 @@ __device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>
           for (int u = 0; u < kVector; ++u) x[u] = larger(z[u] - b.top()[i], q.floor);
           if (cluster) {
             A base[kVector];
-            if constexpr (T::kChain) {
-              if (b.powers_kept) {
-                load_four(b.kept_powers(row0 + i) + j, base);
-              } else {
-#pragma unroll
-                for (int u = 0; u < kVector; ++u) base[u] = exp_nonpositive(x[u] * q.unit);
-              }
-            }
+            if constexpr (T::kChain) first_powers(b, row0 + i, j, x, base);
             if (b.centred) {
               A z0[kVector];
               load_vector(b.row_at(b.row_data(0)), j, q.storage, z0);

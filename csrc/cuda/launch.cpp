@@ -186,11 +186,27 @@ void forward_tiled(const ForwardLaunch<A>& p, const Plan& plan, cudaStream_t str
   launch(kernels.value, plan.finders, kSmallShared, stream, p, call);
 }
 
+// The gradient that is wanted in `out`; null: none
 template <class A>
-void set_gradient(Backward<A>& w, const Call& call, void* out) {
+Backward<A> gradient_in(void* out, const Call& call) {
+  Backward<A> w{};
   w.out = out;
   w.out_vector = call.classes % kVector == 0;
   w.table_bytes = current_device().table_bytes();
+  return w;
+}
+
+// Calls f(Kind, launch, plan) for a call of the forward kernels. `saved` null: it is in the scratch.
+template <class F>
+void with_forward(const Call& call, const SortedTargets& sorted, bool tiled, void* saved, void* scratch,
+                  F f) {
+  const Choice choice(call);
+  const Plan plan(call, choice, current_device(), tiled);
+  with_kind(call, choice, [&](auto kind) {
+    Parts memory(scratch);
+    auto p = forward_launch<typename decltype(kind)::A>(call, sorted, choice, plan, saved, memory);
+    f(kind, p, plan);
+  });
 }
 
 // The gradient from what forward saved; `scratch` for reduction "none" alone
@@ -258,16 +274,11 @@ bool can_keep_gradient(const Call& call) {
 
 void forward(const Call& call, const SortedTargets& sorted, void* value, void* saved, void* gradient,
              void* scratch, cudaStream_t stream) {
-  const Choice choice(call);
-  const Plan plan(call, choice, current_device(), wants_sorted_targets(call));
-  with_kind(call, choice, [&](auto kind) {
+  with_forward(call, sorted, wants_sorted_targets(call), saved, scratch, [&](auto kind, auto& p, auto& plan) {
     using T = decltype(kind);
     using A = typename T::A;
-    Parts memory(scratch);
-    ForwardLaunch<A> p = forward_launch<A>(call, sorted, choice, plan, saved, memory);
     p.forward.value = static_cast<A*>(value);
-    Backward<A> w{};
-    set_gradient(w, call, gradient);
+    const Backward<A> w = gradient_in<A>(gradient, call);
     if (!plan.tiled) return launch_fused<T>(p, w, plan, stream, call);
     forward_tiled<T>(p, plan, stream, call);
     if (gradient) launch_gradient<T>(p.problem, p.saved, w, static_cast<A*>(nullptr), stream, call);
@@ -276,30 +287,21 @@ void forward(const Call& call, const SortedTargets& sorted, void* value, void* s
 
 void backward_of_kept(const Call& call, const void* grad, const void* kept, void* out, void* scratch,
                       cudaStream_t stream) {
-  const Choice choice(call);
-  const Plan plan(call, choice, current_device(), false);
-  with_kind(call, choice, [&](auto kind) {
+  with_forward(call, {}, false, nullptr, scratch, [&](auto kind, auto& p, auto& plan) {
     using T = decltype(kind);
     using A = typename T::A;
-    Parts memory(scratch);
-    ForwardLaunch<A> p = forward_launch<A>(call, {}, choice, plan, nullptr, memory);
-    Backward<A> w{};
+    Backward<A> w = gradient_in<A>(out, call);
     w.grad = static_cast<const A*>(grad);
     w.kept = kept;
-    set_gradient(w, call, out);
     launch_fused<T>(p, w, plan, stream, call);
   });
 }
 
 void class_centroids(const Call& call, const SortedTargets& sorted, void* centroids, int64_t* counts,
                      void* scratch, cudaStream_t stream) {
-  const Choice choice(call);
-  const Plan plan(call, choice, current_device(), true);
-  with_kind(call, choice, [&](auto kind) {
+  with_forward(call, sorted, true, nullptr, scratch, [&](auto kind, auto& p, auto& plan) {
     using T = decltype(kind);
     using A = typename T::A;
-    Parts memory(scratch);
-    ForwardLaunch<A> p = forward_launch<A>(call, sorted, choice, plan, nullptr, memory);
     p.forward.value = nullptr;
     p.forward.centroids = static_cast<A*>(centroids), p.forward.counts = counts;
     const TiledKernels<A> kernels = tiled_kernels<T>();
@@ -315,9 +317,8 @@ void backward(const Call& call, const void* grad, int64_t grad_stride, void* sav
   with_kind(call, choice, [&](auto kind) {
     using T = decltype(kind);
     using A = typename T::A;
-    Backward<A> w{};
+    Backward<A> w = gradient_in<A>(out, call);
     w.grad = static_cast<const A*>(grad), w.grad_stride = grad_stride;
-    set_gradient(w, call, out);
     launch_gradient<T>(make_problem<A>(call, choice),
                        saved_in(static_cast<A*>(saved), call.rows, slots(call), choice.padded), w,
                        static_cast<A*>(scratch), stream, call);
