@@ -163,15 +163,14 @@ class TestCuda:
     def test_architectures(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         nvcc = self.toolkit(tmp_path / "cuda") / "bin" / "nvcc"
         monkeypatch.setenv("PATH", "/usr/bin:/bin")
-        known = ["80", "90", "100"]
-        expected = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in known]
-        assert setup.cuda_architecture_flags(nvcc) == [
-            *expected,
+        assert setup.cuda_architecture_flags(nvcc) == [  # it knows 80, 90 and 100
+            "-gencode=arch=compute_80,code=[sm_80]",
+            "-gencode=arch=compute_90,code=[sm_90,sm_100]",
             "-gencode=arch=compute_100,code=compute_100",
         ]
         monkeypatch.setenv("CUDA_ARCH_LIST", "9.0;12.0")
         assert setup.cuda_architecture_flags(nvcc) == [
-            "-gencode=arch=compute_90,code=sm_90",
+            "-gencode=arch=compute_90,code=[sm_90]",
             "-gencode=arch=compute_90,code=compute_90",
         ]
         for unknown in ("75", "130"):
