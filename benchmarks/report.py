@@ -37,6 +37,7 @@ ORDER = [
     "Liger cross entropy",
 ]
 COLOURS = {
+    "fused[triton]": "#8fbce6",
     "fused": "#2f6db3",
     "eager vectorised": "#c44e52",
     "eager loop": "#dd8452",
@@ -61,12 +62,14 @@ def is_fused(contender: str) -> bool:
     return contender.startswith("fused")
 
 
-def rank(contender: str) -> int:
-    return ORDER.index("fused" if is_fused(contender) else contender)
+def rank(contender: str) -> tuple[int, str]:
+    return ORDER.index("fused" if is_fused(contender) else contender), contender
 
 
 def colour(contender: str) -> str:
-    return COLOURS.get("fused" if is_fused(contender) else contender, "0.4")
+    """Triton's has a colour of its own, since it is drawn beside the CUDA kernels."""
+    fused = is_fused(contender) and contender != "fused[triton]"
+    return COLOURS.get("fused" if fused else contender, "0.4")
 
 
 def unique(values: Iterable[str]) -> list[str]:
@@ -188,12 +191,13 @@ def by_device(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def tables(results: list[Result]) -> dict[str, str]:
-    """Only those for which there are results."""
+    """Only those for which there are results: a heading alone says nothing."""
     parts = {}
     for prefix, here in by_device(results).items():
         for name, (kind, table) in TABLES.items():
-            if not kind or of_kind(here, kind):
-                parts[prefix + name] = table(here)
+            text = table(here) if not kind or of_kind(here, kind) else ""
+            if text.count("\n") > 1 or not kind:
+                parts[prefix + name] = text
     return parts
 
 
@@ -211,16 +215,20 @@ def update(path: Path, parts: dict[str, str]) -> None:
     path.write_text(text)
 
 
-def plot_ratios(results: list[Result], path: Path) -> None:
+def is_plotted(result: Result) -> bool:
+    """Of the shapes: forward and backward together, of those who compute the loss."""
+    others = ("reference", "Liger cross entropy")
+    return result["kind"] != "shape" or (result["phase"] == "both" and result["contender"] not in others)
+
+
+def plot_ratios(points: list[Result], path: Path) -> None:
     """Bars, one group a shape: time of forward and backward in units of F.cross_entropy's."""
-    both = [r for r in results if r["phase"] == "both"]
-    contenders = sorted({r["contender"] for r in both} - {"reference", "Liger cross entropy"}, key=rank)
-    shown = [r for r in both if r["contender"] in contenders]
-    cases = unique(r["case"] for r in shown)
+    contenders = sorted({r["contender"] for r in points}, key=rank)
+    cases = unique(r["case"] for r in points)
     figure, axes = plt.subplots(figsize=(11, 5.5), layout="constrained")
     width = 0.8 / len(contenders)
     for i, contender in enumerate(contenders):
-        found = {r["case"]: r["paired"] for r in shown if r["contender"] == contender}
+        found = {r["case"]: r["paired"] for r in points if r["contender"] == contender}
         at = [cases.index(case) + (i - (len(contenders) - 1) / 2) * width for case in found]
         middle = [p["ratio_p50"] for p in found.values()]
         error = [
@@ -339,10 +347,13 @@ def main() -> None:
         update(path, parts)
     for prefix, here in by_device(results).items():
         for kind, (name, plot) in PLOTS.items():
-            if of_kind(here, kind):
-                path = options.plots / f"{prefix}{name}.png"
-                plot(of_kind(here, kind), path)
+            path = options.plots / f"{prefix}{name}.png"
+            points = [r for r in of_kind(here, kind) if is_plotted(r)]
+            if points:
+                plot(points, path)
                 print(f"plot: {path}", file=sys.stderr)
+            elif of_kind(here, kind):
+                print(f"no plot {path}: no contender has a time of forward and backward", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every test shares: the backends to run on, and uninitialised memory that shows itself."""
+"""What every test shares: the backends to run on, uninitialised memory that shows itself, and --shard."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ class Place:
         """Skips the test where the backend does not serve this dtype."""
         if dtype not in self.dtypes:
             pytest.skip(f"{self} does not serve {dtype}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="I/N", help="of N equal parts of the chosen tests, the I-th only")
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Neighbours stay together: they often need the same compiled kernels."""
+    if config.getoption("--shard"):
+        i, n = map(int, config.getoption("--shard").split("/"))
+        items[:] = items[(i - 1) * len(items) // n : i * len(items) // n]
 
 
 def places() -> list[object]:

@@ -16,6 +16,7 @@ from benchmarks.cases import HOST, MAIN, VARIED, Case
 from benchmarks.contenders import CONTENDERS, LossFunction
 from benchmarks.environment import environment
 from benchmarks.measure import PHASES, check, timed_phase, truth
+from benchmarks.memory import peak_bytes
 from benchmarks.paired import Paired, Timed, paired, quantiles
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +92,27 @@ def test_quantiles() -> None:
     assert quantiles([float(i) for i in range(11)]) == (2.0, 5.0, 8.0)
 
 
+def test_peak_memory_is_that_of_the_call() -> None:
+    """In a fresh process: at least the gradient, and what plain PyTorch keeps, many times as much."""
+    case = Case(512, 1000, 32)
+    fused, plain = (peak_bytes(name, case, "cpu") for name in ("fused[cpu]", "eager loop"))
+    gradient = 4 * case.n * case.c
+    assert gradient <= fused < plain
+    assert plain > 8 * gradient
+
+
+def test_peak_memory_on_a_gpu_takes_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that CUDA has been initialised in cannot be forked, and starting one takes seconds."""
+    monkeypatch.delattr("multiprocessing.get_context")
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 100)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 350)
+    data = Case.data
+    monkeypatch.setattr(Case, "data", lambda case, device: data(case, "cpu"))
+    assert peak_bytes("fused[cpu]", SMALL, "cuda") == 250
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_phases_run_again_and_again(phase: str) -> None:
     timed = timed_phase(CONTENDERS["fused[cpu]"](SMALL, "cpu"), *SMALL.data("cpu"), phase)
@@ -140,6 +162,21 @@ def test_report_prints_updates_and_plots(published: Path, tmp_path: Path) -> Non
     assert "| 48x12, 6 classes | 100 µs | 125 µs | 1.25 (1.00 to 1.50) |" in text
     plots = {path.name for path in (tmp_path / "plots").iterdir()}
     assert plots == {"ratio.png", "temperatures.png", "size.png", "step.png"}
+
+
+def test_report_leaves_out_what_has_no_results(tmp_path: Path) -> None:
+    """Such as of a run whose measurements of both phases together failed."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "results.json"
+    results = [result("shape", "fused[cpu]", phase=phase) for phase in ("forward", "backward")]
+    results += [result("temperatures", "fused[cpu]", grid=grid) for grid in ("uniform", "general")]
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": r} for r in results]}))
+    done = run_report(str(path), "--plots", str(tmp_path / "plots"))
+    assert done.returncode == 0, done.stderr
+    assert "## price" not in done.stdout
+    assert "| 48x12, 6 classes: fused[cpu] | 1.25 (1.00 to 1.50) |" in done.stdout
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"temperatures.png"}
+    assert "ratio.png: no contender has a time of forward and backward" in done.stderr
 
 
 def test_report_refuses_an_unknown_table(published: Path, tmp_path: Path) -> None:
