@@ -49,6 +49,7 @@ def exactly(function: str, x: Array) -> Array:
         "exp_nonpositive": mpmath.exp,
         "log_positive": mpmath.log,
         "psi": lambda t: (t - 1) * mpmath.exp(t) + 1,
+        "expm1_of": mpmath.expm1,
     }[function]
     return np.array([float(f(mpmath.mpf(float(v)))) for v in x])
 
@@ -94,6 +95,34 @@ def test_log_positive_in_float(native: ctypes.CDLL, rng: np.random.Generator, lo
     size = np.maximum(np.abs(truth), 1).astype(np.float32)
     assert (np.abs(out - truth) / np.spacing(size)).max() <= 1
     assert call(native, "log_positive_f32", np.ones(1, np.float32))[0] == 0
+
+
+def test_expm1(native: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Of small numbers and large ones, across the seams of its reduction, and of what is out of range."""
+    sizes = 10 ** rng.uniform(-30, 0, 1500)
+    seams = [np.float32((k + 0.5) * math.log(2)) for k in range(-8, 9)]
+    near = [s + i * np.spacing(s) for s in seams for i in range(-20, 21)]
+    x = np.concatenate([sizes, -sizes, rng.uniform(-20, 60, 2000), near]).astype(np.float32)
+    (out,) = call(native, "expm1_of_f32", x)
+    truth = exactly("expm1_of", x)
+    assert (np.abs(out - truth) <= 2e-7 * np.abs(truth)).all()
+    edges = np.array([0, -88, -1e30, -np.inf, np.nan], np.float32)
+    assert call(native, "expm1_of_f32", edges)[0].tolist() == [0, -1, -1, -1, -1]
+    assert np.isfinite(call(native, "expm1_of_f32", np.array([1e30, np.inf], np.float32))[0]).all()
+
+
+def test_exp_coarse(native: ctypes.CDLL, rng: np.random.Generator) -> None:
+    x = np.concatenate([-rng.random(100_000) * 87, -(10 ** -rng.uniform(0, 30, 10_000))]).astype(np.float32)
+    (out,) = call(native, "exp_coarse_f32", x)
+    exact = np.exp(x.astype(np.float64))
+    assert (np.abs(out - exact) <= exact * (2.0**-21.5 + np.abs(x) * 2.0**-23)).all()
+    assert call(native, "exp_coarse_f32", np.zeros(1, np.float32))[0] == 1
+
+
+@both
+def test_chosen(native: ctypes.CDLL, suffix: str) -> None:
+    x = np.array([-2, 0, 3, np.nan], DTYPES[suffix])
+    assert call(native, f"chosen_{suffix}", x)[0].tolist() == [-1, -1, 3, -1]  # x if positive, else -1
 
 
 # Relative error, that of the argument's rounding for each unit of |t|, and the range
@@ -208,5 +237,6 @@ def test_every_function_is_here() -> None:
     text = (Path(ROOT) / "csrc/common/arithmetic.h").read_text()
     names = {line.split("(")[0].split()[-1] for line in text.splitlines() if line.startswith("CMIM_HD")}
     tested = {"exp_nonpositive", "log_positive", "psi", "difference", "offset", "larger", "product"}
-    wrapped = {"expm1_of", "log1p_of", "log_of", "exp_of"}
+    tested |= {"expm1_of", "exp_coarse", "chosen"}
+    wrapped = {"log1p_of", "log_of", "exp_of"}
     assert names == tested | wrapped | {"infinity", "not_a_number", "lowest", "bit_cast"}

@@ -34,7 +34,10 @@ class TestCompiled:
         assert found == wanted
 
     def test_nothing_spills(self) -> None:
-        assert [u for u in cuda_compile.compiled() if u.spills or u.stack] == []
+        """Except in the fused kernel of float arithmetic, which has two ways: docs/performance_gpu.md."""
+        found = [u for u in cuda_compile.compiled() if u.spills or u.stack]
+        assert [u for u in found if u.kernel != "fused_forward" or u.storage == "float64"] == []
+        assert [u for u in found if u.spills > 400 or u.stack > 80] == []
 
     def test_registers_let_two_blocks_share_a_multiprocessor(self) -> None:
         """Of 64 K registers and 256 threads: 128 each for float arithmetic; double's have one block."""

@@ -57,6 +57,22 @@ CMIM_HD A larger(A x, A y) {
   return x > y ? x : y;
 }
 
+// yes or no, both of which are at hand: no branch, which would keep neighbouring elements from overlapping
+CMIM_HD float chosen(bool which, float yes, float no) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %1, 0;\n\tselp.f32 %0, %2, %3, p;\n\t}"
+      : "=f"(x)
+      : "r"(int(which)), "f"(yes), "f"(no));
+  return x;
+#else
+  return which ? yes : no;
+#endif
+}
+CMIM_HD double chosen(bool which, double yes, double no) {
+  return which ? yes : no;
+}
+
 // x y rounded, kept from being fused into a later addition
 CMIM_HD float product(float x, float y) {
 #if defined(__CUDA_ARCH__)
@@ -99,6 +115,20 @@ CMIM_HD double exp_nonpositive(double x) {
   return exp(x);
 }
 
+// exp(x) of x <= 0 to a relative 2^-21.5 + |x| 2^-23, for results that are rounded to half precision or
+// averaged over a row of it: the hardware's exponential, exact to 2 ulp (CUDA C++ Programming Guide, exp2f),
+// of a product that is rounded once. On the host it is off by as much, but for exp(0), which is 1 on either.
+// 0 below the smallest normal number.
+CMIM_HD float exp_coarse(float x) {
+#if defined(__CUDA_ARCH__)
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * Constants<float>::log2e));
+  return e;
+#else
+  return x == 0 ? 1.0f : exp2f(x * Constants<float>::log2e) * (1 - 0x1p-22f);
+#endif
+}
+
 // log(x) of a normal x > 0, to about 1 ulp of max(|log x|, 1)
 CMIM_HD float log_positive(float x) {
   const int32_t ix = bit_cast<int32_t>(x) - 0x3f3504f3;  // 1/sqrt(2)
@@ -120,8 +150,22 @@ CMIM_HD double log_positive(double x) {
   return log(x);
 }
 
+// exp(x) - 1 to a relative 2e-7, up to x = 88; the same beyond, and -1 for NaN
 CMIM_HD float expm1_of(float x) {
-  return expm1f(x);
+  x = x > -88.0f ? x : -88.0f;
+  x = x < 88.0f ? x : 88.0f;
+  const float magic = 0x1.8p23f;
+  const float shifted = fmaf(x, Constants<float>::log2e, magic), n = shifted - magic;
+  float f = fmaf(n, -0x1.62e4p-1f, x);
+  f = fmaf(n, -0x1.7f7d1cp-20f, f);
+  float p = fmaf(f, 1.0f / 5040, 1.0f / 720);  // what is left out is 2e-8 of the sum
+  p = fmaf(p, f, 1.0f / 120);
+  p = fmaf(p, f, 1.0f / 24);
+  p = fmaf(p, f, 1.0f / 6);
+  p = fmaf(p, f, 0.5f);
+  p = fmaf(p, f * f, f);
+  const float scale = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);  // 0 at x = -88
+  return fmaf(p, scale, scale - 1.0f);
 }
 CMIM_HD double expm1_of(double x) {
   return expm1(x);
@@ -152,19 +196,14 @@ CMIM_HD double exp_of(double x) {
 // The float exponential is the hardware's, exact to 2 ulp (CUDA C++ Programming Guide, exp2f): 2e-6 of psi at
 // most, at t = -1/2. On the host it is off by as much.
 CMIM_HD float psi(float t) {
-#if defined(__CUDA_ARCH__)
-  float e;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t * Constants<float>::log2e));
-#else
-  const float e = exp2f(t * Constants<float>::log2e) * (1 - 0x1p-22f);
-#endif
+  const float e = exp_coarse(t);
   float p = fmaf(t, 7.0f / 40320, 6.0f / 5040);  // what is left out is 4e-7 of the sum
   p = fmaf(p, t, 5.0f / 720);
   p = fmaf(p, t, 4.0f / 120);
   p = fmaf(p, t, 3.0f / 24);
   p = fmaf(p, t, 2.0f / 6);
   p = fmaf(p, t, 0.5f);
-  return t < 0.5f && t > -0.5f ? p * (t * t) : fmaf(e, t - 1.0f, 1.0f);
+  return chosen(t < 0.5f && t > -0.5f, p * (t * t), fmaf(e, t - 1.0f, 1.0f));
 }
 CMIM_HD double psi(double t) {
   if (!(t < 0.125 && t > -0.125)) {
@@ -199,10 +238,10 @@ template <class A>
 CMIM_HD A offset(A z, A z0, Difference<A> shift) {
   constexpr A far = A(1e30);  // a d vanishes at any temperature in use, and no product of it overflows
   const A masked = -infinity<A>();
-  if (z0 == masked) return z == masked ? A(0) : far;
-  if (z == masked) return -far;
   const Difference<A> d = difference(z, z0);
-  return (d.high - shift.high) + (d.low - shift.low);
+  const A value = (d.high - shift.high) + (d.low - shift.low);
+  const A of_masked = chosen(z == masked, A(0), far);
+  return chosen(z0 == masked, of_masked, chosen(z == masked, -far, value));
 }
 
 // A sum that carries its rounding along

@@ -22,12 +22,13 @@ __device__ void class_dots(Block<T>& b, const Backward<typename T::A>& w) {
     w.upstream[b.first + row] = w.grad[b.saved.row[b.first + row] * w.grad_stride] - sum[0] / A(b.count);
   __syncthreads();
 
-  const Constants3<T> c(b);
-  const Tiling t = b.tiling(2);
+  const Constants3<T> c(b, kMeans);
+  const Tiling t = b.tiling(2 * q.padded);
 #pragma unroll 1
   for (int c0 = 0; c0 < q.classes; c0 += t.columns) {
     build_gradient_tables(b, t, c0, true, w.upstream);
     clear_padding(b, t, 2);
+    __syncthreads();
     const int columns = q.classes - c0 < t.columns ? q.classes - c0 : t.columns;
 #pragma unroll 1
     for (int row0 = 0; row0 < b.count; row0 += kBatch) {
@@ -65,7 +66,7 @@ __device__ void class_dots(Block<T>& b, const Backward<typename T::A>& w) {
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     row_dots(const __grid_constant__ BackwardLaunch<typename T::A> p) {
-  Block<T> b(p.problem, p.saved, p.backward.table_bytes, 0);
+  Block<T> b(p.problem, p.saved, p.backward.table_bytes, 0, true);
 #pragma unroll 1
   for (int slot = blockIdx.x; slot < p.problem.slots; slot += gridDim.x) {
     recall_class(b, slot);
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     gradient(const __grid_constant__ BackwardLaunch<typename T::A> p) {
   const auto& q = p.problem;
   const auto& w = p.backward;
-  Block<T> b(q, p.saved, w.table_bytes, 0);
+  Block<T> b(q, p.saved, w.table_bytes, 0, true);
   const auto* const totals = p.saved.totals;
   if (threadIdx.x == 0) *b.divisors() = {totals[kKept], totals[kWeightSum], totals[kSmoothingSum]};
   const int parts = parts_of_each(w.items, int(totals[kPresent]), w.parts);

@@ -9,6 +9,12 @@ namespace cmim::cuda {
 // thread; every group takes rows of its own.
 struct Tiling {
   int lanes, groups, columns, shift;  // columns = 1 << shift
+
+  // This thread's group, and the first of its columns in the tile
+  __device__ int group() const { return opaque(int(threadIdx.x)) * kVector >> shift; }
+  __device__ int column() const { return opaque(int(threadIdx.x)) * kVector & (columns - 1); }
+  // Warps that have a row between them
+  __device__ int warps() const { return lanes > kWarp ? lanes / kWarp : 1; }
 };
 
 // Threads that share a row, where every row is gone through by itself: all of them for one row, a warp each
@@ -20,6 +26,10 @@ __device__ inline int lanes_for_rows(int rows, int columns) {
   return lanes < vectors ? lanes : vectors;
 }
 
+// What constants are staged for; the first four have places of their own in a small class, see Constants3.
+enum StagedFor { kMeans, kCentredMeans, kUpstream, kCentredUpstream, kGradient, kShifts, kTops, kStagedFors };
+constexpr int kSmallClass = kBatch / kGradient;  // rows
+
 template <class T>
 struct Block {
   using S = typename T::S;
@@ -28,15 +38,18 @@ struct Block {
   const Problem<A>& q;
   const Saved<A>& saved;
   int table_bytes, chip_bytes;
+  bool places;
   int first, count;  // the class: positions first .. first + count - 1
   int begin, end;    // the columns that this block looks at; `begin` is a multiple of 16 bytes
   uint64_t centred;  // mask of the temperatures that are computed in the centred form
-  unsigned staged;   // which constants are there, see stage()
+  unsigned staged;   // which constants are there, or, of a small class, a bit for each kind that is not
   bool on_chip;      // the class's rows have been copied into shared memory
   bool powers_kept;  // and there is room for one exponential of each logit, see sum_rows()
 
-  __device__ Block(const Problem<A>& problem, const Saved<A>& s, int bytes_of_table, int bytes_of_chip)
-      : q(problem), saved(s), table_bytes(bytes_of_table), chip_bytes(bytes_of_chip) {
+  // `with_places`: see is_small(); false where registers are scarcest, as true costs some.
+  __device__ Block(const Problem<A>& problem, const Saved<A>& s, int bytes_of_table, int bytes_of_chip,
+                   bool with_places)
+      : q(problem), saved(s), table_bytes(bytes_of_table), chip_bytes(bytes_of_chip), places(with_places) {
     set_class(0, 0, 0);
   }
 
@@ -110,30 +123,30 @@ struct Block {
     if (numbers * int(sizeof(S)) > chip_bytes) return;
     powers_kept = T::kChain && numbers * int(sizeof(S) + sizeof(A)) <= chip_bytes;
     constexpr int per_word = 16 / int(sizeof(S));
-    const int words = q.vector16 ? (end - begin) / per_word : 0;
+    const int words = q.vector16 ? (end - begin) / per_word : 0, done = words * per_word;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count * words; i += kThreads) {
-      const int row = i / words, j = (i - row * words) * per_word;
-      copy16(chip() + row * chip_stride() + j, row_data(row) + begin + j);
-    }
-    const int done = words * per_word, left = chip_stride() - done;
+    for (int row = threadIdx.x / kWarp; row < count; row += kWarps) {
+      const S* const from = row_data(row);
+      S* const to = chip() + row * chip_stride();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count * left; i += kThreads) {
-      const int row = i / left, j = done + i - row * left;
-      S& to = chip()[row * chip_stride() + j];
-      if (begin + j < end)
-        to = row_data(row)[(begin + j) * q.col_stride];
-      else
-        narrow(-infinity<A>(), q.storage, to);
+      for (int i = threadIdx.x % kWarp; i < words; i += kWarp)
+        copy16(to + i * per_word, from + begin + i * per_word);
+#pragma unroll 1
+      for (int j = done + int(threadIdx.x) % kWarp; j < chip_stride(); j += kWarp) {
+        if (begin + j < end)
+          to[j] = from[(begin + j) * q.col_stride];
+        else
+          narrow(-infinity<A>(), q.storage, to[j]);
+      }
     }
     wait_for_copies();
     __syncthreads();
     on_chip = true;
   }
 
-  // Tiles for `tables` numbers per temperature and column, of no more than `widest` lanes.
-  __device__ Tiling tiling(int tables, int widest = kThreads) const {
-    const int room = table_bytes / int(sizeof(A)) / (q.padded * tables * kVector);
+  // Tiles with room for `numbers` of each column, of no more than `widest` lanes.
+  __device__ Tiling tiling(int numbers, int widest = kThreads) const {
+    const int room = table_bytes / int(sizeof(A)) / (numbers * kVector);
     const int wanted = power_of_two_at_least((width() + kVector - 1) / kVector);
     int lanes = widest;
     while (lanes > 1 && (lanes > room || lanes > wanted)) lanes /= 2;
@@ -145,12 +158,17 @@ struct Block {
 
   __device__ int rows_in_batch(int row0, int rows) const { return count - row0 < rows ? count - row0 : rows; }
 
+  // Whether every kind of constants has a place of its own, so that they are all there at the same time
+  __device__ bool is_small() const { return places && count <= kSmallClass && q.padded == T::kChunk; }
+
   // Puts the constants of the rows row0 .. row0 + rows - 1 into shared memory: fill(position in the batch,
-  // row) for each row, and each(position, row, k - k0) for each of `temperatures`. Does nothing if `key` says
-  // that they are there. Barriers before and after.
+  // row) for each row, and each(position, row, k - k0) for each of `temperatures`. Does nothing if `what` and
+  // `key`, which says of which rows and temperatures, are there. Barriers before and after.
   template <class Fill, class Each>
-  __device__ void stage(unsigned key, int row0, int rows, int temperatures, Fill fill, Each each) {
-    if (staged == key) return;
+  __device__ void stage(StagedFor what, unsigned key, int row0, int rows, int temperatures, Fill fill,
+                        Each each) {
+    key = key * kStagedFors + what;
+    if (is_small() ? !(staged >> what & 1) : staged == key) return;
     __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < rows; i += kThreads) {
@@ -163,25 +181,26 @@ struct Block {
       const int row = i / temperatures;
       each(row, row0 + row, i - row * temperatures);
     }
-    staged = key;
+    staged = is_small() ? staged & ~(1u << what) : key;
     __syncthreads();
   }
 
   // Adds up what the groups of a tile found, mean[k][u] in each thread, for the temperatures in `wanted`:
-  // to[k][column of the tile] in shared memory = finish(k, column, sum). Barrier after.
-  template <class Finish>
-  __device__ void combine_groups(const Tiling& t, const A (&mean)[T::kChunk][kVector], unsigned wanted, A* to,
+  // to[k][column of the tile] in shared memory = finish(k, column, sum). A thread may read its own columns
+  // then, the others' after a barrier.
+  template <int N, class Finish>
+  __device__ void combine_groups(const Tiling& t, const A (&mean)[N][kVector], unsigned wanted, A* to,
                                  Finish finish) {
-    constexpr int half = T::kChunk / 2;
+    constexpr int half = N / 2;
     const int columns = opaque(t.columns);
-    const int column = threadIdx.x % t.lanes * kVector, group = threadIdx.x / t.lanes;
+    const int column = t.column(), group = t.group();
     if (t.groups == 1) {
       // a thread's own columns, which it puts down in between, since it cannot count through its registers
 #pragma unroll
-      for (int k = 0; k < T::kChunk; ++k)
+      for (int k = 0; k < N; ++k)
         if (wanted >> k & 1) store_four(to + k * columns + column, mean[k]);
 #pragma unroll 1
-      for (int k = 0; k < T::kChunk; ++k) {
+      for (int k = 0; k < N; ++k) {
         if (!(wanted >> k & 1)) continue;
         A four[kVector];
         load_four(to + k * columns + column, four);
@@ -189,11 +208,10 @@ struct Block {
         for (int u = 0; u < kVector; ++u) four[u] = finish(k, column + u, four[u]);
         store_four(to + k * columns + column, four);
       }
-      __syncthreads();
       return;
     }
 #pragma unroll
-    for (int k0 = 0; k0 < T::kChunk; k0 += half) {
+    for (int k0 = 0; k0 < N; k0 += half) {
 #pragma unroll
       for (int k = 0; k < half; ++k)
         store_four(combine() + (group * half + k) * columns + column, mean[k0 + k]);
@@ -211,6 +229,80 @@ struct Block {
     }
   }
 
+  // Sums over columns of N numbers of each row of a batch. Every thread of a row's group comes with its part
+  // of them, for row i of the batch if it is `there`; each warp leaves its part in a place of its own, or
+  // adds it to what it left there. combine() holds them until collect().
+  template <int N>
+  __device__ void deposit(const Tiling& t, int i, bool there, A (&sum)[N], bool add) const {
+    const int warp = (opaque(int(threadIdx.x)) & (t.lanes - 1)) / kWarp;
+    deposit_sums(sum, t.lanes, there, add, combine() + (i * t.warps() + warp) * N);
+  }
+  // finish(i, k, sum) in one thread for each. Barriers before and after.
+  template <int N, class Finish>
+  __device__ void collect(const Tiling& t, int rows, Finish finish) const {
+    __syncthreads();
+#pragma unroll 1
+    for (int at = threadIdx.x; at < rows * N; at += kThreads) {
+      const int i = at / N, k = at - i * N;
+      A total = 0;
+#pragma unroll 1
+      for (int warp = 0; warp < t.warps(); ++warp) total += combine()[(i * t.warps() + warp) * N + k];
+      finish(i, k, total);
+    }
+    __syncthreads();
+  }
+
+  // N sums over the columns from .. to - 1 of each of the class's rows, one row after the other: visit(i, j,
+  // sum) adds what row i of the batch has in the thread's columns from j on, finish(row, k, sum) comes in one
+  // thread for each. Barrier after.
+  template <int N, class Stage, class Visit, class Finish>
+  __device__ void sum_by_rows(const Tiling& t, int from, int to, Stage stage, Visit visit, Finish finish) {
+#pragma unroll 1
+    for (int row0 = 0; row0 < count; row0 += kBatch) {
+      const int rows = rows_in_batch(row0, kBatch);
+      stage(row0, rows);
+#pragma unroll 1
+      for (int i0 = 0; i0 < rows; i0 += t.groups) {
+        const int i = i0 + t.group();
+        A sum[N] = {};
+#pragma unroll 1
+        for (int j = from + t.column(); i < rows && j < to; j += t.columns) visit(i, row0 + i, j, sum);
+        deposit(t, i, i < rows, sum, false);
+      }
+      collect<N>(t, rows, [&](int i, int k, A total) { finish(row0 + i, k, total); });
+    }
+  }
+
+  // Goes over the columns from .. to - 1 by tiles, and in each over the class's rows, for N sums of every
+  // row: tile(c0) in every thread, stage(row0, rows) for a batch of rows, visit(i, row, j, sum) adds what a
+  // row has in the thread's columns from j on, finish(row, k, sum, whether it is the row's first) in one
+  // thread. Barrier after.
+  template <int N, class Tile, class Stage, class Visit, class Finish>
+  __device__ void sum_by_tiles(const Tiling& t, int from, int to, Tile tile, Stage stage, Visit visit,
+                               Finish finish) {
+    const bool at_once = count <= kBatch && (t.groups == 1 || to - from <= t.columns);
+#pragma unroll 1
+    for (int c0 = from; c0 < to; c0 += t.columns) {
+      tile(c0);
+      const int j = c0 + t.column();
+#pragma unroll 1
+      for (int row0 = 0; row0 < count; row0 += kBatch) {
+        const int rows = rows_in_batch(row0, kBatch);
+        stage(row0, rows);
+#pragma unroll 1
+        for (int i0 = 0; i0 < rows; i0 += t.groups) {
+          const int i = i0 + t.group();
+          A sum[N] = {};
+          if (i < rows && j < to) visit(i, row0 + i, j, sum);
+          deposit(t, i, i < rows, sum, at_once && c0 > from);
+        }
+        if (at_once && c0 + t.columns < to) continue;
+        collect<N>(t, rows,
+                   [&](int i, int k, A total) { finish(row0 + i, k, total, at_once || c0 == from); });
+      }
+    }
+  }
+
   // Sums over columns for each of the rows 0 .. rows - 1, a group of `lanes` threads to a row: visit(row,
   // lane, sum) adds a thread's part, finish(row, k, total) comes once for each. `sums` has room for kThreads
   // * kChunk numbers of shared memory. Barrier after.
@@ -222,7 +314,7 @@ struct Block {
     for (int i0 = 0; i0 < rows; i0 += groups) {
       A sum[T::kChunk] = {};
       if (i0 + group < rows) visit(i0 + group, lane, sum);
-      deposit_sums(sum, lanes, sums + (group * parts + lane / kWarp) * T::kChunk);
+      deposit_sums(sum, lanes, true, false, sums + (group * parts + lane / kWarp) * T::kChunk);
       __syncthreads();
 #pragma unroll 1
       for (int at = threadIdx.x; at < groups * T::kChunk; at += kThreads) {

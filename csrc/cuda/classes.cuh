@@ -42,13 +42,11 @@ __device__ inline void finish_given(const Block<T>& b, const typename T::A* kl) 
   const Problem<A>& q = b.q;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll 1
-  for (int k = warp; k < q.padded; k += kWarps) {
+  for (int k = warp; k < q.temperatures; k += kWarps) {
     A sum = 0;
-    if (k < q.temperatures) {
-      const A* centroid = q.centroids + (int64_t(q.order[k]) * q.classes + b.label()) * q.classes;
+    const A* centroid = q.centroids + (int64_t(q.order[k]) * q.classes + b.label()) * q.classes;
 #pragma unroll 1
-      for (int j = lane; j < q.classes; j += kWarp) sum += centroid[j];
-    }
+    for (int j = lane; j < q.classes; j += kWarp) sum += centroid[j];
     sum = sum_over_warp(sum);
 #pragma unroll 1
     for (int row = lane; row < b.count; row += kWarp)
@@ -68,6 +66,24 @@ __device__ inline typename T::A kl_of(const Block<T>& b, int row, int k, const t
   return nats < A(0) ? A(0) : nats;  // rounding; keeps a NaN
 }
 
+// What the sums over classes have of this one besides its cross entropy and divergences
+template <class T>
+__device__ inline void tell_class(const Block<T>& b, const Forward<typename T::A>& f, int slot) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  const A weight = q.class_weight ? q.class_weight[b.label()] : A(1);
+  *class_sum(q, f, q.padded + kClassWeight, slot) = weight * A(b.count);
+  *class_sum(q, f, q.padded + kClassCount, slot) = A(b.count);
+  *class_sum(q, f, q.padded + kClassPresent, slot) = A(1);
+}
+// The same, and all else, of a slot that has no class
+template <class A>
+__device__ inline void tell_no_class(const Problem<A>& q, const Forward<A>& f, int slot) {
+#pragma unroll 1
+  for (int which = threadIdx.x; which < q.padded + kClassSums; which += kThreads)
+    *class_sum(q, f, which, slot) = 0;
+}
+
 // The class's share of every sum over classes, to f.sums if `tell`. `kl` null: the divergences are zero.
 // Returns the mask of the temperatures at which the class has collapsed. Barriers before and after.
 template <class T>
@@ -77,6 +93,8 @@ __device__ inline uint64_t sum_class(const Block<T>& b, const Forward<typename T
   const Problem<A>& q = b.q;
   const int thread = opaque(int(threadIdx.x)), lane = thread % kWarp, warp = thread / kWarp;
   const int count = opaque(b.count);
+  unsigned* const mask = reinterpret_cast<unsigned*>(b.flags() + 2);  // low word first
+  if (thread < 2) mask[thread] = 0;
   __syncthreads();
 #pragma unroll 1
   for (int which = warp; which <= q.padded; which += kWarps) {
@@ -85,26 +103,25 @@ __device__ inline uint64_t sum_class(const Block<T>& b, const Forward<typename T
     for (int row = lane; row < count; row += kWarp) {
       if (which == q.padded)
         sum.add(f.ce[b.first + row]);
-      else if (kl)
+      else if (kl && which < q.temperatures)
         sum.add(kl_of(b, row, which, kl));
     }
     const A total = sum_over_warp(sum.value());
     if (lane != 0) continue;
     if (tell) *class_sum(q, f, which, slot) = total;
-    if (which < q.padded) b.combine()[which] = total;
+    if (kl && which < q.temperatures && total < kCollapsed<A> * A(count))
+      atomicOr(mask + which / 32, 1u << which % 32);
   }
-  if (thread == 0 && tell) {
-    const A weight = q.class_weight && count > 0 ? q.class_weight[b.label()] : A(1);
-    *class_sum(q, f, q.padded + kClassWeight, slot) = weight * A(count);
-    *class_sum(q, f, q.padded + kClassCount, slot) = A(count);
-    *class_sum(q, f, q.padded + kClassPresent, slot) = A(count > 0);
-  }
+  if (thread == 0 && tell) tell_class(b, f, slot);
   __syncthreads();
-  uint64_t collapsed = 0;
-#pragma unroll 1
-  for (int k = 0; kl && k < q.temperatures; ++k)
-    if (b.combine()[k] < kCollapsed<A> * A(count)) collapsed |= uint64_t(1) << k;
-  return collapsed;
+  return mask[0] | uint64_t(mask[1]) << 32;
+}
+
+// A row's part of the loss
+template <class A>
+__device__ inline A row_value(const Problem<A>& q, A ce, A cmi) {
+  const A weighted = q.has_ce ? q.ce_weight * ce : A(0);
+  return q.has_cmi ? fma(q.cmi_weight, cmi, weighted) : weighted;
 }
 
 // The values of the class's rows, for reduction "none"
@@ -118,8 +135,7 @@ __device__ inline void store_rows(const Block<T>& b, const Forward<typename T::A
     A cmi = 0;
 #pragma unroll 1
     for (int k = 0; kl && k < q.temperatures; ++k) cmi = fma(q.weight[k], kl_of(b, row, k, kl), cmi);
-    const A ce = q.has_ce ? q.ce_weight * f.ce[b.first + row] : A(0);
-    f.value[b.saved.row[b.first + row]] = q.has_cmi ? fma(q.cmi_weight, cmi, ce) : ce;
+    f.value[b.saved.row[b.first + row]] = row_value(q, f.ce[b.first + row], cmi);
   }
 }
 

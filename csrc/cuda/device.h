@@ -80,6 +80,34 @@ __device__ inline V sum_over_warp(V v) {
   return v;
 }
 
+__device__ inline int sum_over_warp(int v) {
+#if defined(CMIM_EMULATED)
+  return sum_over_warp<int>(v);
+#else
+  return __reduce_add_sync(kEveryLane, v);
+#endif
+}
+
+// Numbers as integers of the same order, in which NaN is the largest, and back
+__device__ inline int ordered(float x) {
+  const int bits = bit_cast<int>(x);
+  return x != x ? 0x7fffffff : bits ^ ((bits >> 31) & 0x7fffffff);
+}
+__device__ inline float from_ordered(int key) {
+  return bit_cast<float>(key ^ ((key >> 31) & 0x7fffffff));
+}
+__device__ inline int largest_in_warp(int v) {
+#if defined(CMIM_EMULATED)
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const int other = from_lane(v, distance);
+    v = other > v ? other : v;
+  }
+  return v;
+#else
+  return __reduce_max_sync(kEveryLane, v);
+#endif
+}
+
 // The block's threads in groups of `lanes` neighbours, a power of two. Every thread of the block calls these
 // together; `scratch` holds kWarps * N numbers of shared memory, and is free again when they return.
 template <int N, class A, class Combine>
@@ -122,21 +150,22 @@ __device__ inline A largest_in_group(A x, int lanes, A* scratch) {
   return v[0];
 }
 
-// K sums over a group of `lanes` threads: over its part of one warp. The sums go to to[0 .. K - 1]; of the
-// warps of a wider group each has its own `to`, and the reader adds them up.
+// K sums over a group of `lanes` threads: over its part of one warp. Where the group's row is `there` the
+// sums go to to[0 .. K - 1], or are added to what is there; of the warps of a wider group each has its own
+// `to`, and the reader adds them up. K is a power of two.
 //
 // 32 lanes and 8 sums take 9 exchanges, not 40: in each of the first three a lane keeps half of its sums and
 // gives the other half away.
 template <int K, class A>
-__device__ inline void deposit_sums(A (&v)[K], int lanes, A* to) {
+__device__ inline void deposit_sums(A (&v)[K], int lanes, bool there, bool add, A* to) {
   const int lane = threadIdx.x % kWarp;
   if (lanes < kWarp) {
     for (int distance = lanes / 2; distance > 0; distance /= 2)
 #pragma unroll
       for (int k = 0; k < K; ++k) v[k] += from_lane(v[k], distance);
-    if (lane % lanes == 0)
+    if (there && lane % lanes == 0)
 #pragma unroll
-      for (int k = 0; k < K; ++k) to[k] = v[k];
+      for (int k = 0; k < K; ++k) to[k] = add ? to[k] + v[k] : v[k];
     return;
   }
   int distance = kWarp / 2;
@@ -152,7 +181,9 @@ __device__ inline void deposit_sums(A (&v)[K], int lanes, A* to) {
   }
 #pragma unroll
   for (; distance > 0; distance /= 2) v[0] += from_lane(v[0], distance);
-  if (lane % (kWarp / K) == 0) to[lane / (kWarp / K)] = v[0];
+  if (!there || lane % (kWarp / K) != 0) return;
+  A& mine = to[lane / (kWarp / K)];
+  mine = add ? mine + v[0] : v[0];
 }
 
 // x / n, rounded once, for a number n at hand with its reciprocal

@@ -13,9 +13,9 @@ __device__ inline A* class_sum(const Problem<A>& q, const Forward<A>& f, int whi
 // True in the last block of the grid to come here. What any block wrote before is visible to that one, if it
 // reads with __ldcg.
 __device__ inline bool last_to_finish(unsigned* ticket, int* flag) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();  // for what the whole block wrote before the barrier
     const bool last = atomicAdd(ticket, 1u) == gridDim.x - 1;
     *flag = last;
     if (last) *ticket = 0;  // for the next launch on this stream
@@ -33,9 +33,19 @@ __device__ inline void finish_value(const Problem<A>& q, const Forward<A>& f, in
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll 1
   for (int which = warp; which < q.padded + kClassSums; which += kWarps) {
+    constexpr int kAtOnce = 8;
     CarefulSum<A> sum;
 #pragma unroll 1
-    for (int slot = lane; slot < slots; slot += kWarp) sum.add(__ldcg(class_sum(q, f, which, slot)));
+    for (int slot0 = lane; slot0 < slots; slot0 += kAtOnce * kWarp) {
+      A ahead[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int slot = slot0 + i * kWarp;
+        ahead[i] = slot < slots ? __ldcg(class_sum(q, f, which, slot)) : A(0);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) sum.add(ahead[i]);
+    }
     const A total = sum_over_warp(sum.value());
     if (lane == 0) scratch[which] = total;
   }

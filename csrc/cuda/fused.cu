@@ -9,6 +9,7 @@
 #include "gradient.cuh"
 #include "group.cuh"
 #include "launch.h"
+#include "onchip.cuh"
 
 namespace cmim::cuda {
 namespace {
@@ -19,24 +20,24 @@ __device__ bool is_cluster(const Block<T>& b) {
   return b.q.has_cmi && (b.count > 1 || (b.count == 1 && b.q.centroids));
 }
 
-// Which part of which slot's cluster this block is. Asked again, too.
-template <class A>
-__device__ int parts(const Forward<A>& f) {
-  return 1 << f.cluster;
+// Which part of which slot's cluster this block is. Asked again, too. Of kernels for powers there is one.
+template <class T>
+__device__ int parts(const Forward<typename T::A>& f) {
+  return T::kChain ? 1 : 1 << f.cluster;
 }
-template <class A>
-__device__ int my_part(const Forward<A>& f) {
-  return opaque(int(blockIdx.x)) & (parts(f) - 1);
+template <class T>
+__device__ int my_part(const Forward<typename T::A>& f) {
+  return opaque(int(blockIdx.x)) & (parts<T>(f) - 1);
 }
-template <class A>
-__device__ int my_slot(const Forward<A>& f) {
-  return opaque(int(blockIdx.x)) >> f.cluster;
+template <class T>
+__device__ int my_slot(const Forward<typename T::A>& f) {
+  return T::kChain ? opaque(int(blockIdx.x)) : opaque(int(blockIdx.x)) >> f.cluster;
 }
 
 // For what all parts have written before. In one block a barrier of its own is enough.
-template <class A>
-__device__ void wait_for_parts(const Forward<A>& f) {
-  if (f.cluster > 0)
+template <class T>
+__device__ void wait_for_parts(const Forward<typename T::A>& f) {
+  if (parts<T>(f) > 1)
     cluster_barrier();
   else
     __syncthreads();
@@ -46,21 +47,112 @@ __device__ void wait_for_parts(const Forward<A>& f) {
 // for the others since they read it.
 template <class T>
 __device__ typename T::A* partial_at(const Block<T>& b, const Forward<typename T::A>& f, int turn, int part) {
-  return f.partial + (turn * parts(f) + part) * (int64_t(b.q.rows) * b.q.padded);
+  return f.partial + (turn * parts<T>(f) + part) * (int64_t(b.q.rows) * b.q.padded);
 }
 
-// finish(row, k, sum of the parts), after waiting for them. Barrier after.
+// Where a sum goes that the parts find: to `whole` where there is one part, else to a place of this one's
+template <class T>
+__device__ typename T::A* sums_to(const Block<T>& b, const Forward<typename T::A>& f, int turn,
+                                  typename T::A* whole) {
+  return parts<T>(f) == 1 ? whole : partial_at(b, f, turn, my_part<T>(f));
+}
+
+// finish(row, k, sum of the parts) of k < `most`, after waiting for them, where there are several. Barrier
+// after.
 template <class T, class F>
-__device__ void add_parts(const Block<T>& b, const Forward<typename T::A>& f, int turn, F finish) {
-  wait_for_parts(f);
+__device__ void add_parts(const Block<T>& b, const Forward<typename T::A>& f, int turn, int most, F finish) {
+  if (parts<T>(f) == 1) return;
+  wait_for_parts<T>(f);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < b.count * b.q.padded; i += kThreads) {
-    const int row = i / b.q.padded, k = i - row * b.q.padded;
+  for (int i = threadIdx.x; i < b.count * most; i += kThreads) {
+    const int row = i / most, k = i - row * most;
     typename T::A sum = 0;
 #pragma unroll 1
-    for (int part = 0; part < parts(f); ++part)
+    for (int part = 0; part < parts<T>(f); ++part)
       sum += __ldcg(partial_at(b, f, turn, part) + b.statistic(row, k));
     finish(row, k, sum);
+  }
+  __syncthreads();
+}
+template <class T>
+__device__ void add_parts(const Block<T>& b, const Forward<typename T::A>& f, int turn,
+                          typename T::A* whole) {
+  add_parts(b, f, turn, b.q.padded,
+            [&](int row, int k, typename T::A sum) { whole[b.statistic(row, k)] = sum; });
+}
+
+// Where a part leaves what it finds in a row before its sums
+template <class A>
+__device__ A* scanned_at(const Problem<A>& q, const Forward<A>& f, int part, int position) {
+  return f.scanned + (int64_t(part) * q.rows + position) * kScanned;
+}
+
+// The rows' largest logits, and the rest of their cross entropy. Barrier after.
+template <class T>
+__device__ void fused_scan(Block<T>& b, const Forward<typename T::A>& f, const Tiling& t) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  if (q.smoothing > A(0))
+    b.template sum_by_rows<2>(
+        t, b.begin, b.end, [](int, int) {},
+        [&](int, int row, int j, A(&sum)[2]) {
+          A z[kVector];
+          load_vector(b.row_at(b.row_data(row)), j, q.storage, z);
+          for (int u = 0; u < kVector && j + u < b.end; ++u) {
+            const A w = q.class_weight ? q.class_weight[j + u] : A(1);
+            sum[0] += w * z[u], sum[1] += w;
+          }
+        },
+        [&](int row, int k, A sum) {
+          scanned_at(q, f, my_part<T>(f), b.first + row)[k == 0 ? kWeighted : kWeights] = sum;
+        });
+
+  const int lanes = t.lanes < kWarp ? t.lanes : kWarp;
+  const int warp = (opaque(int(threadIdx.x)) & (t.lanes - 1)) / kWarp;
+  A* const tops = b.combine();  // (rows of a batch, warps of a row)
+#pragma unroll 1
+  for (int row0 = 0; row0 < b.count; row0 += kBatch) {
+    const int rows = b.rows_in_batch(row0, kBatch);
+#pragma unroll 1
+    for (int i0 = 0; i0 < rows; i0 += t.groups) {
+      const int i = i0 + t.group();
+      A top = lowest(A());
+      if (i < rows) {
+        const Row<typename T::S> row = b.row_at(b.row_data(row0 + i));
+#pragma unroll 1
+        for (int j = b.begin + t.column(); j < b.end; j += t.columns) {
+          A z[kVector];
+          load_vector(row, j, q.storage, z);
+#pragma unroll
+          for (int u = 0; u < kVector; ++u) top = larger_or_nan(top, z[u]);
+        }
+      }
+      for (int distance = lanes / 2; distance > 0; distance /= 2)
+        top = larger_or_nan(top, from_lane(top, distance));
+      if (i < rows && (threadIdx.x & (lanes - 1)) == 0) tops[i * t.warps() + warp] = top;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows; i += kThreads) {
+      A top = lowest(A());
+#pragma unroll 1
+      for (int w = 0; w < t.warps(); ++w) top = larger_or_nan(top, tops[i * t.warps() + w]);
+      scanned_at(q, f, my_part<T>(f), b.first + row0 + i)[kTop] = top;
+    }
+    __syncthreads();
+  }
+
+  wait_for_parts<T>(f);
+#pragma unroll 1
+  for (int position = b.first + int(threadIdx.x); position < b.first + b.count; position += kThreads) {
+    RowSums<A> s{lowest(A()), 0, 0, 0};
+#pragma unroll 1
+    for (int part = 0; part < parts<T>(f); ++part) {
+      const A* const from = scanned_at(q, f, part, position);
+      s.top = larger_or_nan(s.top, __ldcg(from + kTop));
+      if (q.smoothing > A(0)) s.weighted += __ldcg(from + kWeighted), s.weights += __ldcg(from + kWeights);
+    }
+    finish_scan(b, position, s, true, f.ce);
   }
   __syncthreads();
 }
@@ -69,109 +161,130 @@ __device__ void add_parts(const Block<T>& b, const Forward<typename T::A>& f, in
 template <class T>
 __device__ void fused_statistics(Block<T>& b, const Forward<typename T::A>& f) {
   using A = typename T::A;
-  const bool all = is_cluster(b), shared_sum = shares_sum(b.q, all);
-  const auto place = [&](int part, int position) {
-    return f.scanned + (int64_t(part) * b.q.rows + position) * kScanned;
+  const Problem<A>& q = b.q;
+  const bool all = is_cluster(b), shared_sum = shares_sum(q, all);
+  const Tiling t = b.tiling(1);
+  fused_scan(b, f, t);
+
+  const auto stage = [&](int row0, int rows) {
+    b.stage(kTops, stage_key(row0, 0), row0, rows, 0, [](int, int) {}, [](int, int, int) {});
   };
-  scan_rows(b, b.count, !shared_sum, [&](int position, const RowSums<A>& s) {
-    A* const to = place(my_part(f), position);
-    to[kTop] = s.top, to[kExponentials] = s.exponentials, to[kWeighted] = s.weighted,
-    to[kWeights] = s.weights;
-  });
-  wait_for_parts(f);
-#pragma unroll 1
-  for (int position = b.first + int(threadIdx.x); position < b.first + b.count; position += kThreads) {
-    RowSums<A> s{lowest(A()), 0, 0, 0};
-#pragma unroll 1
-    for (int part = 0; part < parts(f); ++part)
-      s.top = larger_or_nan(s.top, __ldcg(place(part, position) + kTop));
-#pragma unroll 1
-    for (int part = 0; part < parts(f); ++part) {
-      const A* const from = place(part, position);
-      s.exponentials += __ldcg(from + kExponentials) * exp_nonpositive(__ldcg(from + kTop) - s.top);
-      s.weighted += __ldcg(from + kWeighted), s.weights += __ldcg(from + kWeights);
-    }
-    finish_scan(b, position, s, shared_sum, f.ce);
+  // The cross entropy is for one part to finish: the others must not find its sum in place of the slope.
+  const auto finish_ce = [&](int row, int, A sum) {
+    if (my_part<T>(f) == 0) finish_cross_entropy(b, b.first + row, sum, f.ce);
+  };
+  if (!shared_sum) {
+    b.template sum_by_rows<1>(
+        t, b.begin, b.end, stage,
+        [&](int i, int, int j, A(&sum)[1]) {
+          A z[kVector];
+          load_vector(b.row_at(b.data()[i]), j, q.storage, z);
+#pragma unroll
+          for (int u = 0; u < kVector; ++u) sum[0] += exp_nonpositive(z[u] - b.top()[i]);
+        },
+        [&](int row, int k, A sum) {
+          if (parts<T>(f) == 1) return finish_ce(row, k, sum);
+          partial_at(b, f, 1, my_part<T>(f))[b.statistic(row, 0)] = sum;
+        });
+    add_parts(b, f, 1, 1, finish_ce);
   }
-  __syncthreads();
-  if (!all) return;
-  A* const to = partial_at(b, f, 0, my_part(f));
-  sum_rows(b, b.count, [&](int row, int k, A sum) { to[b.statistic(row, k)] = sum; });
-  // the cross entropy is for one part to finish: the others must not find its sum in place of the slope
-  add_parts(b, f, 0,
-            [&](int row, int k, A sum) { finish_sum(b, row, k, sum, shared_sum && my_part(f) == 0, f.ce); });
+  if (!all) return wait_for_parts<T>(f);
+  const auto finish = [&](int row, int k, A sum) {
+    finish_sum(b, row, k, sum, shared_sum && my_part<T>(f) == 0, f.ce);
+  };
+#pragma unroll 1
+  for (int k0 = 0; k0 < q.padded; k0 += T::kChunk)
+    b.template sum_by_rows<T::kChunk>(
+        t, b.begin, b.end, stage,
+        [&](int i, int row, int j, A(&sum)[T::kChunk]) {
+          add_exponentials(b, b.row_at(b.data()[i]), b.top()[i], row, j, k0, sum);
+        },
+        [&](int row, int k, A sum) {
+          if (parts<T>(f) == 1) return finish(row, k0 + k, sum);
+          partial_at(b, f, 0, my_part<T>(f))[b.statistic(row, k0 + k)] = sum;
+        });
+  add_parts(b, f, 0, q.padded, finish);
 }
 
 // From the rows' statistics to their divergences, in the form that each temperature needs, and their sums.
 template <class T>
 __device__ void fused_divergences(Block<T>& b, const Forward<typename T::A>& f) {
   using A = typename T::A;
-  const auto mine = [&](int turn) { return partial_at(b, f, turn, my_part(f)); };
-  const auto keep_in = [&](A* to) {
-    return [&b, to](int row, int k, A sum) { to[b.statistic(row, k)] = sum; };
+  // Turns alternate: fused_statistics() took 1 and 0.
+  const auto find = [&](auto form, uint64_t wanted, int turn, A* whole) {
+    using F = decltype(form);
+    divergences<F>(b, tiling_for<F>(b), b.begin, b.end, wanted, sums_to(b, f, turn, whole));
+    add_parts(b, f, turn, whole);
   };
   if (is_cluster(b) && b.q.centroids) {
-    divergences<Given<T>>(b, b.tiling(Given<T>::kTables), b.begin, b.end, b.every_temperature(), mine(1));
-    add_parts(b, f, 1, keep_in(f.kl));
+    find(Given<T>(), b.every_temperature(), 1, f.kl);
     finish_given(b, f.kl);
   } else if (is_cluster(b)) {
     choose_scales(b);
-    divergences<Plain<T>>(b, b.tiling(Plain<T>::kTables), b.begin, b.end, b.every_temperature(), mine(1));
-    add_parts(b, f, 1, keep_in(b.saved.divergence));
+    find(Plain<T>(), b.every_temperature(), 1, b.saved.divergence);
   }
 #pragma unroll 1
   for (;;) {
-    const uint64_t collapsed = sum_class(b, f, my_slot(f), is_cluster(b) ? f.kl : nullptr, my_part(f) == 0);
+    const uint64_t collapsed =
+        sum_class(b, f, my_slot<T>(f), is_cluster(b) ? f.kl : nullptr, my_part<T>(f) == 0);
     if (!collapsed || b.centred || b.q.centroids) return;
     b.forget();
     find_largest_column(b);
-    A* const widest_of_parts = f.widest + int64_t(my_slot(f)) * parts(f);
-    A widest = centred_sums(b, b.begin, b.end, collapsed, mine(0));
-    if (threadIdx.x == 0) widest_of_parts[my_part(f)] = widest;
-    add_parts(b, f, 0, keep_in(f.kl));
+    A* const widest_of_parts = f.widest + int64_t(my_slot<T>(f)) * parts<T>(f);
+    A widest = centred_sums(b, b.begin, b.end, collapsed, sums_to(b, f, 0, f.kl));
+    if (threadIdx.x == 0) widest_of_parts[my_part<T>(f)] = widest;
+    add_parts(b, f, 0, f.kl);
 #pragma unroll 1
-    for (int part = 0; part < parts(f); ++part)
+    for (int part = 0; part < parts<T>(f) && parts<T>(f) > 1; ++part)
       widest = larger_or_nan(widest, __ldcg(widest_of_parts + part));
     b.centred = not_too_wide(b, collapsed, widest);
     if (!b.centred) return;
     finish_centred_sums(b, b.centred, f.kl);
     b.forget();
-    divergences<Centred<T>>(b, b.tiling(Centred<T>::kTables), b.begin, b.end, b.centred, mine(1));
-    add_parts(b, f, 1, keep_in(f.kl));
+    find(Centred<T>(), b.centred, 1, f.kl);
     finish_centred(b, f.kl);
   }
-}
-
-// What the gradient of this batch is divided by, to b.divisors(); thread 0 has put the rows there.
-template <class T>
-__device__ void find_divisors(const Block<T>& b) {
-  using A = typename T::A;
-  const Problem<A>& q = b.q;
-  A sums[2] = {};
-  if (q.class_weight) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < q.rows; i += kThreads) {
-      const int64_t label = target_at(q, i);
-      if (kept(q, label)) sums[0] += q.class_weight[label];
-    }
-#pragma unroll 1
-    for (int j = threadIdx.x; q.smoothing > A(0) && j < q.classes; j += kThreads)
-      sums[1] += q.class_weight[j];
-    sum_group(sums, kThreads, b.scratch());
-  }
-  if (threadIdx.x != 0) return;
-  b.divisors()->weights = q.class_weight ? sums[0] : b.divisors()->rows;
-  b.divisors()->smoothing = q.class_weight ? sums[1] : A(q.classes);
 }
 
 // The gradient of the class, which has come all the way through fused_divergences()
 template <class T>
 __device__ void fused_gradient(Block<T>& b, const Backward<typename T::A>& w) {
   find_divisors(b);
+  __syncthreads();
   b.forget();
   const Share share{b.begin, b.end, kThreads, 1};
-  const bool one_tile = b.tiling(Plain<T>::kTables).columns >= b.width();
+  const bool one_tile = tiling_for<Plain<T>>(b).columns >= b.width();
   class_gradient(b, w, share, is_cluster(b), false, one_tile && !b.centred);
+}
+
+// All that a class needs, by way of Saved
+template <class T>
+__device__ __forceinline__ void whole_class(Block<T>& b, const Forward<typename T::A>& f,
+                                            const Backward<typename T::A>& w) {
+  const Problem<typename T::A>& q = b.q;
+  b.forget();
+  b.begin = my_part<T>(f) * f.width < q.classes ? my_part<T>(f) * f.width : q.classes;
+  b.end = b.begin + f.width < q.classes ? b.begin + f.width : q.classes;
+  b.bring_rows();
+  fused_statistics(b, f);
+  b.forget();
+  fused_divergences(b, f);
+  b.forget();
+  if (q.reduction == kNone && my_part<T>(f) == 0) store_rows(b, f, is_cluster(b) ? f.kl : nullptr);
+  if (w.out) fused_gradient(b, w);
+}
+
+// The same on chip, if it can be done there
+template <class T>
+__device__ __forceinline__ bool on_chip(Block<T>& b, const Forward<typename T::A>& f,
+                                        const Backward<typename T::A>& w) {
+  if constexpr (T::kChain) {
+    OnChip<T> chip(b, f);
+    if (!chip.serves()) return false;
+    chip.run(my_slot<T>(f), is_cluster(b), w);
+    return true;
+  }
+  return false;
 }
 
 // Whether the gradient that forward left is rounded no second time when it is scaled
@@ -192,30 +305,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     scale_kept<T>(q, w);
     return;
   }
-  Block<T> b(q, p.saved, f.table_bytes, f.chip_bytes);
+  Block<T> b(q, p.saved, f.table_bytes, f.chip_bytes, false);
   {
-    const FoundClass found = find_class(q, my_slot(f), p.saved.row, b.flags());
+    if constexpr (T::kChain) OnChip<T>::prepare();
+    const FoundClass found =
+        find_class(q, my_slot<T>(f), p.saved.row, reinterpret_cast<int*>(b.data()), b.flags());
     b.set_class(found.first, found.count, 0);
     if (threadIdx.x == 0 && blockIdx.x == 0) f.found[kBadLabels] = found.invalid;
     if (threadIdx.x == 0) b.divisors()->rows = typename T::A(found.kept);
   }
-  b.begin = my_part(f) * f.width < q.classes ? my_part(f) * f.width : q.classes;
-  b.end = b.begin + f.width < q.classes ? b.begin + f.width : q.classes;
-  if (b.count > 0) {
-    b.bring_rows();
-    fused_statistics(b, f);
+  const bool first_part = my_part<T>(f) == 0;
+  if (b.count == 0) {
+    if (first_part) tell_no_class(q, f, my_slot<T>(f));
+  } else if (!on_chip(b, f, w)) {
+    whole_class(b, f, w);
   }
-  b.forget();
-  fused_divergences(b, f);
-  b.forget();
-  if (q.reduction == kNone && my_part(f) == 0) store_rows(b, f, is_cluster(b) ? f.kl : nullptr);
-  if (w.out) {
-    if (b.count > 0) fused_gradient(b, w);
-    other_rows_gradient<T>(q, w);
-  }
-  if (threadIdx.x == 0 && my_part(f) == 0) {
-    p.saved.first[my_slot(f)] = b.first, p.saved.count[my_slot(f)] = b.count;
-    keep_mask(p.saved, my_slot(f), b.centred);
+  if (w.out) other_rows_gradient<T>(q, w);
+  if (threadIdx.x == 0 && first_part) {
+    p.saved.first[my_slot<T>(f)] = b.first, p.saved.count[my_slot<T>(f)] = b.count;
+    keep_mask(p.saved, my_slot<T>(f), b.centred);
   }
   finish_other_rows(q, f);
   if (last_to_finish(f.ticket, b.flags()))

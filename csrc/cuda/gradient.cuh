@@ -14,15 +14,11 @@
 // rounding.
 #pragma once
 
-#include "cluster.cuh"
+#include "entropy.cuh"
 
 namespace cmim::cuda {
 
-// What multiplies KL_k and CE in the loss, upstream included, but for g_i
-template <class A>
-__device__ inline A upstream_of(const Backward<A>& w, int64_t at) {
-  return w.grad ? w.grad[at] : A(1);
-}
+// What multiplies KL_k in the loss, upstream included, but for g_i
 template <class A>
 __device__ inline A divergence_scale(const Problem<A>& q, const Divisors<A>& by, const Backward<A>& w,
                                      int k) {
@@ -31,12 +27,6 @@ __device__ inline A divergence_scale(const Problem<A>& q, const Divisors<A>& by,
   if (q.reduction == kNone) return scale;
   return scale * upstream_of(w, 0) / (q.reduction == kMean ? by.rows : A(1));
 }
-template <class A>
-__device__ inline A cross_entropy_scale(const Problem<A>& q, const Divisors<A>& by, const Backward<A>& w) {
-  if (q.reduction == kNone) return q.ce_weight;
-  return q.ce_weight * upstream_of(w, 0) / (q.reduction == kMean ? by.weights : A(1));
-}
-
 // What the parts of a row's gradient are multiplied by
 template <class A>
 struct Coefficients {
@@ -56,145 +46,195 @@ __device__ inline Coefficients<typename T::A> coefficients(const Block<T>& b) {
   const int room = Sizes<A>::constants / int(sizeof(A)) - 4 * kBatch;
   c.rows = room / (5 * b.q.padded) < kBatch ? room / (5 * b.q.padded) : kBatch;
   c.parts = b.constants();
+  if (b.is_small()) c.rows = kSmallClass, c.parts = Constants3<T>(b, kMeans).sums;
   c.each = c.parts + 4 * c.rows * b.q.padded;
   c.ce_scale = b.constants() + room, c.ce_target = c.ce_scale + kBatch, c.ce_smooth = c.ce_target + kBatch;
   c.upstream = c.ce_smooth + kBatch;
   return c;
 }
 
-// `cluster`: the class's divergences count.
+// What multiplies the terms of row and temperature, to `parts`; returns c_ik but for g_i. `level`: growth in
+// the centred form, log sum where centroids are given.
+template <class T, class A = typename T::A>
+__device__ inline A gradient_parts(const Block<T>& b, const Divisors<A>& by, const Backward<A>& w, int k,
+                                   A row_sum, A divergence, A level, A g, A dot, A (&parts)[4]) {
+  const Problem<A>& q = b.q;
+  const A each = divergence_scale(q, by, w, k) * q.a[k] / row_sum;
+  const A scale = T::kChain ? each * g : A(1);
+  const bool centred = b.centred >> k & 1;
+  parts[kOfX] = centred ? A(0) : scale * q.multiple[k];
+  parts[kOfD] = centred ? scale * q.a[k] : A(0);
+  parts[kOfTable] = T::kChain ? -scale : dot;
+  parts[kConstant] = T::kChain ? each * dot - scale * (level + divergence) : -(level + divergence);
+  return each;
+}
+
 template <class T>
 __device__ inline void stage_gradient(Block<T>& b, const Backward<typename T::A>& w,
-                                      const Coefficients<typename T::A>& c, int row0, int rows,
-                                      bool cluster) {
+                                      const Coefficients<typename T::A>& c, int row0, int rows) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
   const Divisors<A>& by = *b.divisors();
+  const auto upstream = [&](int row) {
+    return q.reduction == kNone ? w.grad[b.saved.row[b.first + row] * w.grad_stride] : A(1);
+  };
   b.stage(
-      stage_key(kGradient, row0, 0), row0, rows, cluster ? q.padded : 0,
+      kGradient, stage_key(row0, 0), row0, rows, q.padded,
       [&](int i, int row) {
-        const int position = b.first + row;
-        const A g = q.reduction == kNone ? w.grad[b.saved.row[position] * w.grad_stride] : A(1);
         if (b.centred) {
           const Difference<A> shift = shift_of(b, row);
           b.shift()[i] = shift;
         }
-        const A scale = q.has_ce ? cross_entropy_scale(q, by, w) * g : A(0);
-        const A hard = scale * (A(1) - q.smoothing) * (q.class_weight ? q.class_weight[b.label()] : A(1));
-        const A smooth = scale * q.smoothing / A(q.classes);
-        const A both = q.smoothing > A(0) ? fma(smooth, by.smoothing, hard) : hard;
-        c.ce_scale[i] = q.has_ce ? both / b.saved.ce_sum[position] : A(0);
-        c.ce_target[i] = hard;
-        c.ce_smooth[i] = smooth;
+        const A g = upstream(row);
+        const CrossEntropyParts<A> ce = cross_entropy_parts(b, by, w, b.saved.ce_sum[b.first + row], g);
+        c.ce_scale[i] = ce.scale, c.ce_target[i] = ce.target, c.ce_smooth[i] = ce.smooth;
         c.upstream[i] = g;
       },
       [&](int i, int row, int k) {
         const int64_t from = b.statistic(row, k);
         const int at = i * q.padded + k;
-        A parts[4] = {};
-        if (k >= q.temperatures) {  // nothing was computed there
-          store_four(c.parts + 4 * at, parts);
-          c.each[at] = 0;
-          return;
-        }
-        const A row_sum = b.saved.sum[from], divergence = b.saved.divergence[from];
-        const A g = q.reduction == kNone ? w.grad[b.saved.row[b.first + row] * w.grad_stride] : A(1);
-        const A dot = q.reduction == kNone && !q.centroids ? w.dots[from] : A(0);
-        const A each = divergence_scale(q, by, w, k) * q.a[k] / row_sum;
-        const A scale = T::kChain ? each * g : A(1);
-        const bool centred = b.centred >> k & 1;
-        const A level = centred ? b.saved.growth[from] : q.centroids ? log_positive(row_sum) : A(0);
-        parts[kOfX] = centred ? A(0) : scale * q.multiple[k];
-        parts[kOfD] = centred ? scale * q.a[k] : A(0);
-        if constexpr (T::kChain) {
-          parts[kOfTable] = -scale;
-          parts[kConstant] = each * dot - scale * (level + divergence);
-        } else {
-          parts[kDot] = dot;
-          parts[kConstant] = -(level + divergence);
+        A parts[4] = {}, each = 0;
+        if (k < q.temperatures) {  // nothing was computed beyond
+          const A g = upstream(row), row_sum = b.saved.sum[from];
+          const A level = b.centred >> k & 1 ? b.saved.growth[from]
+                          : q.centroids      ? log_positive(row_sum)
+                                             : A(0);
+          each = gradient_parts(b, by, w, k, row_sum, b.saved.divergence[from], level, g,
+                                q.reduction == kNone && !q.centroids ? w.dots[from] : A(0), parts);
+          if (!T::kChain && q.centroids) each *= g;
         }
         store_four(c.parts + 4 * at, parts);
-        c.each[at] = !T::kChain && q.centroids ? each * g : each;
+        c.each[at] = each;
       });
 }
 
+// The divisors of a batch that the gradient's kernel finds itself, to b.divisors(); thread 0 has put the
+// number of rows there.
+template <class T>
+__device__ inline void find_divisors(const Block<T>& b) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  A sums[2] = {};
+  if (q.class_weight) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < q.rows; i += kThreads) {
+      const int64_t label = target_at(q, i);
+      if (kept(q, label)) sums[0] += q.class_weight[label];
+    }
+#pragma unroll 1
+    for (int j = threadIdx.x; q.smoothing > A(0) && j < q.classes; j += kThreads)
+      sums[1] += q.class_weight[j];
+    sum_group(sums, kThreads, b.scratch());
+  }
+  if (threadIdx.x != 0) return;
+  b.divisors()->weights = q.class_weight ? sums[0] : b.divisors()->rows;
+  b.divisors()->smoothing = q.class_weight ? sums[1] : A(q.classes);
+}
+
 // The tables of the tile: log-ratio tables by each temperature's form and, if `with_rho`, rho into the
-// second.
+// second. A thread may read its own columns then, the others' after a barrier.
 template <class T>
 __device__ inline void build_gradient_tables(Block<T>& b, const Tiling& t, int c0, bool with_rho,
                                              const typename T::A* upstream) {
   using A = typename T::A;
-  const uint64_t all = b.every_temperature();
-  A* const rho = b.table() + (b.q.padded << t.shift);
   const auto build = [&](auto form, uint64_t wanted) {
     using F = decltype(form);
-    build_tables<F>(b, t, c0, wanted, false);
 #pragma unroll 1
-    for (int k0 = 0; with_rho && k0 < b.q.padded; k0 += T::kChunk) {
-      if (!b.in_chunk(wanted, k0)) continue;
-      const int from = k0 << t.shift;
-      sum_over_rows<F>(b, t, c0, k0, wanted, upstream, rho + from, [&](int k, int column, A sum) {
-        return sum * exp_of(-b.table()[from + (k << t.shift) + column]) / A(b.count);
-      });
+    for (int k0 = 0; k0 < b.q.padded; k0 += kStep<F, T>) {
+      if (!in_step<T>(wanted, k0, kStep<F, T>)) continue;
+      A* const table = b.table() + (k0 << t.shift);
+      build_tables<F>(b, t, c0, k0, wanted, table, static_cast<A*>(nullptr));
+      if (with_rho)
+        sum_over_rows<F>(b, t, c0, k0, wanted, upstream, table + (b.q.padded << t.shift),
+                         [&](int k, int column, A sum) {
+                           return sum * exp_of(-table[(k << t.shift) + column]) / A(b.count);
+                         });
     }
   };
-  build(Plain<T>(), all & ~b.centred);
+  build(Plain<T>(), b.every_temperature() & ~b.centred);
   build(Centred<T>(), b.centred);
 }
 
 // What lies beyond the last temperature has coefficients of zero, and must be finite.
 template <class T>
 __device__ inline void clear_padding(const Block<T>& b, const Tiling& t, int tables) {
+  const typename T::A zero[kVector] = {};
 #pragma unroll 1
   for (int table = 0; table < tables; ++table)
 #pragma unroll 1
-    for (int i = (b.q.temperatures << t.shift) + opaque(int(threadIdx.x)); i < b.q.padded << t.shift;
-         i += kThreads)
-      b.table()[(table * b.q.padded << t.shift) + i] = 0;
+    for (int k = b.q.temperatures + t.group(); k < b.q.padded; k += t.groups)
+      store_four(b.table() + ((table * b.q.padded + k) << t.shift) + t.column(), zero);
+  if (t.groups > 1 && b.q.temperatures < b.q.padded) __syncthreads();
 }
 
-// `kMixed`: there are centred temperatures. g += the divergences' part, for one row and kVector columns; base
-// = exp(unit x) of a chain
-template <bool kMixed, class T>
+// Temperatures that follow from one exponential; its rounding counts fourfold at most.
+constexpr int kRun = 4;
+// Up to so many, the table of a thread's columns is in registers; numbers of two registers are too many.
+constexpr int kFew = 8;
+template <class A>
+constexpr bool kRegistersForTable = sizeof(A) == 4;
+
+// What is known of a row in a thread's columns: x = logit - top, d of the centred form, exp(unit x) of a
+// chain
+template <class A>
+struct Columns {
+  A x[kVector], d[kVector], first[kVector];
+};
+
+// g += the divergences' part, for one row. `log_ratio`: the table at the thread's columns, where it is in
+// registers.
+template <bool kTableInRegisters, class T>
 __device__ inline void add_divergences(const Problem<typename T::A>& q, const Coefficients<typename T::A>& c,
-                                       int i, const typename T::A* table, int columns, bool with_rho,
-                                       const typename T::A (&x)[kVector], const typename T::A (&d)[kVector],
-                                       const typename T::A (&base)[kVector], typename T::A (&g)[kVector]) {
+                                       int i, const typename T::A (&log_ratio)[kFew][kVector],
+                                       const typename T::A* table, int columns, bool with_rho,
+                                       const Columns<typename T::A>& at, typename T::A (&g)[kVector]) {
   using A = typename T::A;
   A y[kVector];
 #pragma unroll
-  for (int u = 0; u < kVector; ++u) y[u] = x[u] * q.unit;
-  constexpr int run =
-      4;  // temperatures that follow from one exponential; its rounding counts fourfold at most
-#pragma unroll 1
-  for (int k0 = 0; k0 < q.padded; k0 += run) {
+  for (int u = 0; u < kVector; ++u) y[u] = at.x[u] * q.unit;
+  const auto run = [&](int k0) {
     A sum[kVector] = {};
 #pragma unroll
-    for (int m = run - 1; m >= 0; --m) {
-      const int k = k0 + m, at = i * q.padded + k;
-      A parts[4], log_ratio[kVector];
-      load_four(c.parts + 4 * at, parts);
-      load_four(table + k * columns, log_ratio);
+    for (int m = kRun - 1; m >= 0; --m) {
+      const int k = k0 + m, from = i * q.padded + k;
+      A parts[4], ratio[kVector];
+      load_four(c.parts + 4 * from, parts);
+      if constexpr (kTableInRegisters) {
+#pragma unroll
+        for (int u = 0; u < kVector; ++u) ratio[u] = log_ratio[k % kFew][u];
+      } else {
+        load_four(table + k * columns, ratio);
+      }
 #pragma unroll
       for (int u = 0; u < kVector; ++u) {
         if constexpr (T::kChain) {
-          A value = fma(parts[kOfTable], log_ratio[u], fma(parts[kOfX], y[u], parts[kConstant]));
-          if (kMixed) value = fma(parts[kOfD], d[u], value);
-          if (with_rho) value = fma(-c.each[at], table[(q.padded + k) * columns + u], value);
-          sum[u] = fma(sum[u], base[u], value);
+          A value = fma(parts[kOfTable], ratio[u], fma(parts[kOfX], y[u], parts[kConstant]));
+          value = fma(parts[kOfD], at.d[u], value);
+          if (!kTableInRegisters && with_rho)
+            value = fma(-c.each[from], table[(q.padded + k) * columns + u], value);
+          sum[u] = fma(sum[u], at.first[u], value);
         } else {
-          A value = fma(parts[kOfX], y[u], -log_ratio[u]);
-          if (kMixed) value = fma(parts[kOfD], d[u], value);
+          A value = fma(parts[kOfX], y[u], -ratio[u]);
+          value = fma(parts[kOfD], at.d[u], value);
           value += parts[kConstant];  // t - KL: nothing is left where t is KL
-          if (with_rho) value = fma(c.upstream[i], value, parts[kDot] - table[(q.padded + k) * columns + u]);
-          g[u] = fma(exp_nonpositive(product(q.a[k], x[u])) * c.each[at], value, g[u]);
+          if (!kTableInRegisters && with_rho)
+            value = fma(c.upstream[i], value, parts[kDot] - table[(q.padded + k) * columns + u]);
+          g[u] = fma(exp_nonpositive(product(q.a[k], at.x[u])) * c.each[from], value, g[u]);
         }
       }
     }
     if constexpr (T::kChain)
 #pragma unroll
       for (int u = 0; u < kVector; ++u)
-        g[u] = fma(sum[u], q.multiple[k0] == A(1) ? base[u] : exp_nonpositive(q.multiple[k0] * y[u]), g[u]);
+        g[u] =
+            fma(sum[u], q.multiple[k0] == A(1) ? at.first[u] : exp_nonpositive(q.multiple[k0] * y[u]), g[u]);
+  };
+  if constexpr (kTableInRegisters) {
+    run(0);
+    run(kRun);
+  } else {
+#pragma unroll 1
+    for (int k0 = 0; k0 < q.padded; k0 += kRun) run(k0);
   }
 }
 
@@ -206,54 +246,55 @@ __device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>
   using A = typename T::A;
   using S = typename T::S;
   const Problem<A>& q = b.q;
-  const Tiling t = b.tiling(with_rho || q.centroids ? 2 : 1, share.lanes);
+  if (!cluster) return cross_entropy_gradient(b, w, share);
+  const Tiling t = b.tiling((with_rho || q.centroids ? 2 : 1) * q.padded, share.lanes);
   const Coefficients<A> c = coefficients(b);
   const int label = b.label();
+  const bool few = kRegistersForTable<A> && q.padded == kFew && !with_rho;
 #pragma unroll 1
   for (int c0 = share.begin; c0 < share.end; c0 += t.columns) {
-    if (cluster && q.centroids) load_tables(b, t, c0);
-    if (cluster && !q.centroids && !at_hand) build_gradient_tables(b, t, c0, with_rho, w.upstream);
-    if (cluster && !q.centroids) clear_padding(b, t, with_rho ? 2 : 1);
-    const int columns = share.end - c0 < t.columns ? share.end - c0 : t.columns;
+    if (q.centroids)
+      load_tables(b, t, c0, 0, q.padded, b.table(), static_cast<A*>(nullptr));
+    else if (!at_hand)
+      build_gradient_tables(b, t, c0, with_rho, w.upstream);
+    if (!q.centroids) clear_padding(b, t, with_rho ? 2 : 1);
+    const A* const table = b.table() + t.column();
+    const int j = c0 + t.column();
+    A log_ratio[kFew][kVector] = {};
+    const int shift = opaque(t.shift);
+    if constexpr (kRegistersForTable<A>) {
+#pragma unroll
+      for (int k = 0; k < kFew; ++k)
+        if (few) load_four(table + (k << shift), log_ratio[k]);
+    }
 #pragma unroll 1
     for (int row0 = 0; row0 < b.count; row0 += c.rows) {
       const int rows = b.rows_in_batch(row0, c.rows);
-      stage_gradient(b, w, c, row0, rows, cluster);
-      const int lanes = lanes_for_rows(rows, columns);
+      stage_gradient(b, w, c, row0, rows);
+      if (j >= share.end) continue;
 #pragma unroll 1
-      for (int i = threadIdx.x / lanes; i < rows; i += kThreads / lanes) {
-        S* const to = static_cast<S*>(w.out) + int64_t(b.saved.row[b.first + row0 + i]) * q.classes;
-#pragma unroll 1
-        for (int column = threadIdx.x % lanes * kVector; column < columns; column += lanes * kVector) {
-          const int j = c0 + column;
-          A z[kVector], x[kVector], d[kVector] = {}, g[kVector] = {};
-          load_vector(b.row_at(b.data()[i]), j, q.storage, z);
+      for (int i = t.group(); i < rows; i += t.groups) {
+        Columns<A> at;
+        A z[kVector], g[kVector] = {};
+        load_vector(b.row_at(b.data()[i]), j, q.storage, z);
 #pragma unroll
-          for (int u = 0; u < kVector; ++u) x[u] = larger(z[u] - b.top()[i], q.floor);
-          if (cluster) {
-            A base[kVector];
-            if constexpr (T::kChain) first_powers(b, row0 + i, j, x, base);
-            if (b.centred) {
-              A z0[kVector];
-              load_vector(b.row_at(b.row_data(0)), j, q.storage, z0);
+        for (int u = 0; u < kVector; ++u) at.x[u] = larger(z[u] - b.top()[i], q.floor), at.d[u] = 0;
+        if constexpr (T::kChain) first_powers(b, row0 + i, j, at.x, at.first);
+        if (b.centred) {
+          A z0[kVector];
+          load_vector(b.row_at(b.row_data(0)), j, q.storage, z0);
 #pragma unroll
-              for (int u = 0; u < kVector; ++u) d[u] = offset(z[u], z0[u], b.shift()[i]);
-              add_divergences<true, T>(q, c, i, b.table() + column, t.columns, with_rho, x, d, base, g);
-            } else {
-              add_divergences<false, T>(q, c, i, b.table() + column, t.columns, with_rho, x, d, base, g);
-            }
-          }
-          if (q.has_ce) {
-#pragma unroll
-            for (int u = 0; u < kVector;
-                 ++u)  // first its own terms, whose difference may be small beside either
-              g[u] += fma(c.ce_scale[i], exp_nonpositive(x[u]), j + u == label ? -c.ce_target[i] : A(0));
-            if (q.smoothing > A(0))
-              for (int u = 0; u < kVector && j + u < share.end; ++u)
-                g[u] -= c.ce_smooth[i] * (q.class_weight ? q.class_weight[j + u] : A(1));
-          }
-          store_vector(to, j, share.end, w.out_vector, q.storage, g);
+          for (int u = 0; u < kVector; ++u) at.d[u] = offset(z[u], z0[u], b.shift()[i]);
         }
+        if (few)
+          add_divergences<kRegistersForTable<A>, T>(q, c, i, log_ratio, table, t.columns, with_rho, at, g);
+        else
+          add_divergences<false, T>(q, c, i, log_ratio, table, t.columns, with_rho, at, g);
+        if (q.has_ce)
+          add_cross_entropy<T>(q, c.ce_scale[i], c.ce_target[i], c.ce_smooth[i], j, label, share.end, at.x,
+                               g);
+        S* const to = static_cast<S*>(w.out) + int64_t(b.saved.row[b.first + row0 + i]) * q.classes;
+        store_vector(to, j, share.end, w.out_vector, q.storage, g);
       }
     }
   }

@@ -77,9 +77,9 @@ struct Plan {
   Plan(const Call& call, const Choice& choice, const DeviceLimits& device, bool with_tiles)
       : tiled(with_tiles) {
     if (!tiled) {
-      // Blocks of a slot without a class end at once, but begin: four for each multiprocessor are two turns.
-      while (device.has_clusters && 2 * parts <= kLargestCluster && call.classes >= 2 * parts * kLeastWidth &&
-             2 * parts * slots(call) <= 4 * device.processors)
+      // Where there may be a class for most multiprocessors, each has a block to itself.
+      while (device.has_clusters && !choice.chain && 2 * parts <= kLargestCluster &&
+             call.classes >= 2 * parts * kLeastWidth && 2 * parts * slots(call) <= device.processors)
         parts *= 2;
       return;
     }
@@ -147,6 +147,7 @@ ForwardLaunch<A> forward_launch(const Call& call, const SortedTargets& sorted, c
   take_forward_parts(memory, p.forward, call, choice, plan);
   p.saved =
       saved_in(saved ? static_cast<A*>(saved) : p.forward.own_saved, call.rows, slots(call), choice.padded);
+  p.forward.saves = saved != nullptr;
   p.forward.sorted = sorted.label, p.forward.order = sorted.row;
   p.forward.parts = plan.parts, p.forward.items = plan.items;
   p.forward.table_bytes = current_device().table_bytes();
@@ -229,6 +230,9 @@ template <class T, class A = typename T::A>
 void launch_fused(ForwardLaunch<A>& p, const Backward<A>& w, const Plan& plan, cudaStream_t stream,
                   const Call& call) {
   constexpr int64_t unit = 16 / sizeof(typename T::S);  // a part begins where 16 bytes do
+  if (call.rows > kMostGrouped)
+    throw std::runtime_error("cmim_kernels: one kernel groups up to " + std::to_string(kMostGrouped) +
+                             " rows, got " + std::to_string(call.rows));
   const DeviceLimits& device = current_device();
   const int blocks = slots(call) * plan.parts;
   Forward<A>& f = p.forward;

@@ -13,6 +13,8 @@ constexpr int kBatch = 64;  // rows whose constants lie in shared memory at a ti
 // A class of kManyRows may be cut into narrow tiles, kNarrowLanes threads to a row, to keep every block busy.
 constexpr int kManyRows = 8;
 constexpr int kNarrowLanes = 64;
+// Rows that the fused kernel can group: a thread remembers two targets of each turn in 64 bits.
+constexpr int kMostGrouped = 32 * 2 * kThreads;
 constexpr int kMaxTemperatures = 64;                           // K
 constexpr int kMaxSize = 2147483647 / (2 * kMaxTemperatures);  // N and C: so that N K fits 32 bits
 constexpr int kChainChunk = 8;   // temperatures that share one exponential, kept in registers together
@@ -122,6 +124,8 @@ struct Forward {
   unsigned* ticket;    // blocks that have finished; 0 between launches. The fused kernel alone
   int64_t* bad_label;  // a word of host memory that tells of a label out of range, see pack_label()
   int table_bytes, chip_bytes;
+
+  bool saves;  // Saved is for someone to read; else a kernel may leave it unwritten
 
   // The fused kernel alone: 1 << cluster blocks share a class's columns out, `width` of them each
   int cluster, width;

@@ -13,6 +13,45 @@ struct RowSums {
   A weighted, weights;  // sum_j class_weight_j z_j and sum_j class_weight_j, for label smoothing
 };
 
+// As exact as the logits' type has use for
+template <class T>
+__device__ inline typename T::A exp_for(typename T::A x) {
+  if constexpr (sizeof(typename T::S) == 2)
+    return exp_coarse(x);
+  else
+    return exp_nonpositive(x);
+}
+
+// Vectors of a row that are on their way at a time
+constexpr int kAhead = 4;
+
+// call(j, logits, vectors) for the columns begin .. end - 1 of a row, a thread's part, kAhead or one vector
+// of kVector at a time, which are `apart` columns from each other
+template <class T, class F>
+__device__ inline void for_columns(const Problem<typename T::A>& q, const Row<typename T::S>& row, int begin,
+                                   int end, int lane, int lanes, F call) {
+  using A = typename T::A;
+  const int apart = lanes * kVector, whole = end < row.width ? end : row.width;
+  int j = begin + lane * kVector;
+#pragma unroll 1
+  for (; row.vector && j + (kAhead - 1) * apart + kVector <= whole; j += kAhead * apart) {
+    Vector<typename T::S> ahead[kAhead];
+    A z[kAhead][kVector];
+#pragma unroll
+    for (int v = 0; v < kAhead; ++v)
+      ahead[v] = *reinterpret_cast<const Vector<typename T::S>*>(row.data + j + v * apart);
+#pragma unroll
+    for (int v = 0; v < kAhead; ++v) widen(ahead[v], q.storage, z[v]);
+    call(j, apart, z);
+  }
+#pragma unroll 1
+  for (; j < end; j += apart) {
+    A z[1][kVector];
+    load_vector(row, j, q.storage, z[0]);
+    call(j, apart, z);
+  }
+}
+
 // One pass over columns begin .. end - 1, a thread's part. With `exponentials` their sum is rescaled whenever
 // a larger logit comes by.
 template <class T>
@@ -21,23 +60,28 @@ __device__ inline RowSums<typename T::A> scan_row(const Problem<typename T::A>& 
                                                   int lanes, bool exponentials) {
   using A = typename T::A;
   RowSums<A> s{lowest(A()), 0, 0, 0};
-#pragma unroll 1
-  for (int j = begin + lane * kVector; j < end; j += lanes * kVector) {
-    A z[kVector];
-    load_vector(row, j, q.storage, z);
-    const A top = larger_or_nan(larger_or_nan(z[0], z[1]), larger_or_nan(z[2], larger_or_nan(z[3], s.top)));
+  for_columns<T>(q, row, begin, end, lane, lanes, [&](int j0, int apart, const auto& z) {
+    A top = s.top;
+    for (const auto& vector : z)
+#pragma unroll
+      for (int u = 0; u < kVector; ++u) top = larger_or_nan(top, vector[u]);
     if (exponentials) {
       if (top > s.top) s.exponentials *= exp_nonpositive(s.top - top);
 #pragma unroll
-      for (int u = 0; u < kVector; ++u) s.exponentials += exp_nonpositive(z[u] - top);
+      for (const auto& vector : z)
+#pragma unroll
+        for (int u = 0; u < kVector; ++u) s.exponentials += exp_for<T>(vector[u] - top);
     }
     s.top = top;
-    if (q.smoothing > A(0))
-      for (int u = 0; u < kVector && j + u < end; ++u) {
-        const A w = q.class_weight ? q.class_weight[j + u] : A(1);
-        s.weighted += w * z[u], s.weights += w;
+    if (!(q.smoothing > A(0))) return;
+    for (const auto& vector : z) {
+      for (int u = 0; u < kVector && j0 + u < end; ++u) {
+        const A w = q.class_weight ? q.class_weight[j0 + u] : A(1);
+        s.weighted += w * vector[u], s.weights += w;
       }
-  }
+      j0 += apart;
+    }
+  });
   return s;
 }
 
@@ -111,8 +155,31 @@ __device__ inline void finish_scan(const Block<T>& b, int position, const RowSum
   ce[position] = shared_sum ? entropy.rest : fma(entropy.slope, log_of(sum), entropy.rest);
 }
 
+// sum += the exponentials of the chunk k0 in columns j .. j + 3. Keeps those that the powers begin with, if
+// there is room for them.
+template <class T>
+__device__ inline void add_exponentials(const Block<T>& b, const Row<typename T::S>& row, typename T::A top,
+                                        int index, int j, int k0, typename T::A (&sum)[T::kChunk]) {
+  using A = typename T::A;
+  const Problem<A>& q = b.q;
+  A z[kVector], first[kVector] = {};
+  load_vector(row, j, q.storage, z);
+#pragma unroll
+  for (int u = 0; u < kVector; ++u) {
+    Powers<A, T::kChain> powers;
+    powers.start(q, larger(z[u] - top, q.floor), k0);
+    if constexpr (T::kChain) first[u] = powers.base;
+#pragma unroll
+    for (int k = 0; k < T::kChunk; ++k) {
+      sum[k] += powers.power(q, k0 + k);
+      powers.next();
+    }
+  }
+  if (T::kChain && b.powers_kept && k0 == 0) store_four(b.kept_powers(index) + j, first);
+}
+
 // Sums of the exponentials of every temperature in the block's columns: call(row, k, sum) in one thread for
-// each. Keeps the exponentials that the powers begin with. Barrier after.
+// each row that is kept. Barrier after.
 template <class T, class F>
 __device__ inline void sum_rows(Block<T>& b, int count, F call) {
   using A = typename T::A;
@@ -127,91 +194,30 @@ __device__ inline void sum_rows(Block<T>& b, int count, F call) {
           const Row<typename T::S> row = b.row_at(b.row_data(i));
           const A top = b.saved.top[b.first + i];
 #pragma unroll 1
-          for (int j = b.begin + lane * kVector; j < b.end; j += lanes * kVector) {
-            A z[kVector], first[kVector] = {};
-            load_vector(row, j, q.storage, z);
-#pragma unroll
-            for (int u = 0; u < kVector; ++u) {
-              Powers<A, T::kChain> powers;
-              powers.start(q, larger(z[u] - top, q.floor), k0);
-              if constexpr (T::kChain) first[u] = powers.base;
-#pragma unroll
-              for (int k = 0; k < T::kChunk; ++k) {
-                sum[k] += powers.power(q, k0 + k);
-                powers.next();
-              }
-            }
-            if (T::kChain && b.powers_kept && k0 == 0) store_four(b.kept_powers(i) + j, first);
-          }
+          for (int j = b.begin + lane * kVector; j < b.end; j += lanes * kVector)
+            add_exponentials(b, row, top, i, j, k0, sum);
         },
-        [&](int i, int k, A total) { call(i, k0 + k, total); });
+        [&](int i, int k, A total) {
+          if (kept(q, target_at(q, b.saved.row[b.first + i]))) call(i, k0 + k, total);
+        });
 }
 
-// saved.sum of a row and temperature, and the cross entropy that finish_scan() left to it
+// The cross entropy that finish_scan() left to its sum
 template <class T>
-__device__ inline void finish_sum(const Block<T>& b, int row, int k, typename T::A total, bool shared_sum,
-                                  typename T::A* ce) {
-  const int position = b.first + row;
+__device__ inline void finish_cross_entropy(const Block<T>& b, int position, typename T::A total,
+                                            typename T::A* ce) {
   const typename T::A sum = sum_or_nan(total, b.saved.top[position]);
-  b.saved.sum[b.statistic(row, k)] = sum;
-  if (!shared_sum || k != b.q.one) return;
   ce[position] = fma(b.saved.ce_sum[position], log_of(sum), ce[position]);
   b.saved.ce_sum[position] = sum;
 }
 
-// The first pass of the centred form over columns begin .. end - 1: their part of sum_j P0 v for each row, to
-// out[position * padded + k], where P0 is still to be divided by its sum. Returns, to every thread, the
-// largest d. b.flags()[0] holds j0. Only chunks with a temperature in `wanted`. Barrier after.
+// saved.sum of a row and temperature, and the cross entropy where it is its sum
 template <class T>
-__device__ inline typename T::A centred_sums(Block<T>& b, int begin, int end, uint64_t wanted,
-                                             typename T::A* out) {
-  using A = typename T::A;
-  const Problem<A>& q = b.q;
-  const int lanes = lanes_for_rows(b.count, end - begin);
-  const A top0 = b.saved.top[b.first];
-  A widest = 0;
-#pragma unroll 1
-  for (int k0 = 0; k0 < q.padded; k0 += T::kChunk) {
-    if (!b.in_chunk(wanted, k0)) continue;
-    b.sum_over_columns(
-        b.count, lanes, b.constants(),
-        [&](int i, int lane, A(&sum)[T::kChunk]) {
-          const typename T::S* const data = b.row_data(i);
-          const Difference<A> shift = shift_of(b, i);
-          Centred<T> form;
-#pragma unroll 1
-          for (int j = begin + lane * kVector; j < end; j += lanes * kVector) {
-            form.take_offsets(b, data, j, shift);
-            form.start(q, k0);
-            Powers<A, T::kChain> p0[kVector];
-#pragma unroll
-            for (int u = 0; u < kVector; ++u) {
-              p0[u].start(q, larger(form.z0[u] - top0, q.floor), k0);
-              widest = larger(widest, j + u < end ? form.d[u] : A(0));
-            }
-#pragma unroll
-            for (int k = 0; k < T::kChunk; ++k) {
-#pragma unroll
-              for (int u = 0; u < kVector; ++u) {
-                sum[k] = fma(p0[u].power(q, k0 + k), form.expm1(q, k0 + k, u), sum[k]);
-                p0[u].next();
-              }
-              form.next();
-            }
-          }
-        },
-        [&](int i, int k, A total) { out[b.statistic(i, k0 + k)] = total; });
-  }
-  return largest_in_group(widest, kThreads, b.scratch());
-}
-
-// Those of the temperatures at which exp(a d) is in range for every d up to `widest`
-template <class T>
-__device__ inline uint64_t not_too_wide(const Block<T>& b, uint64_t temperatures, typename T::A widest) {
-#pragma unroll 1
-  for (int k = 0; k < b.q.temperatures; ++k)
-    if (!(b.q.a[k] * widest <= kWidestExponent<typename T::A>)) temperatures &= ~(uint64_t(1) << k);
-  return temperatures;
+__device__ inline void finish_sum(const Block<T>& b, int row, int k, typename T::A total, bool shared_sum,
+                                  typename T::A* ce) {
+  const int position = b.first + row;
+  b.saved.sum[b.statistic(row, k)] = sum_or_nan(total, b.saved.top[position]);
+  if (shared_sum && k == b.q.one) finish_cross_entropy(b, position, total, ce);
 }
 
 }  // namespace cmim::cuda

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     statistics(const __grid_constant__ ForwardLaunch<typename T::A> p) {
   const auto& q = p.problem;
   const auto& f = p.forward;
-  Block<T> b(q, p.saved, f.table_bytes, 0);
+  Block<T> b(q, p.saved, f.table_bytes, 0, true);
   const int vectors = power_of_two_at_least((q.classes + kVector - 1) / kVector);
   // a block a row for long rows, a warp for shorter ones, and several rows a warp for short ones
   const int lanes = vectors >= 1024 ? kThreads : vectors > kWarp ? kWarp : vectors;
@@ -186,16 +186,17 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     plain_divergences(const __grid_constant__ ForwardLaunch<typename T::A> p) {
   const auto& f = p.forward;
-  Block<T> b(p.problem, p.saved, f.table_bytes, 0);
+  Block<T> b(p.problem, p.saved, f.table_bytes, 0, true);
   for_each_item(
       b, f, [&] { return !alone(b); },
       [&](int, int part, const Share& share) {
         auto* const to = part_of(b, f, part);
         if (b.q.centroids)
-          return divergences<Given<T>>(b, b.tiling(2, share.lanes), share.begin, share.end,
+          return divergences<Given<T>>(b, tiling_for<Given<T>>(b, share.lanes), share.begin, share.end,
                                        b.every_temperature(), to);
         choose_scales(b);  // by every part, which all write the same
-        divergences<Plain<T>>(b, b.tiling(1, share.lanes), share.begin, share.end, b.every_temperature(), to);
+        divergences<Plain<T>>(b, tiling_for<Plain<T>>(b, share.lanes), share.begin, share.end,
+                              b.every_temperature(), to);
       });
 }
 
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     sum_classes(const __grid_constant__ ForwardLaunch<typename T::A> p) {
   const auto& q = p.problem;
   const auto& f = p.forward;
-  Block<T> b(q, p.saved, f.table_bytes, 0);
+  Block<T> b(q, p.saved, f.table_bytes, 0, true);
   if (kAgain && f.found[kCollapsedClasses] == 0) return;
 #pragma unroll 1
   for (int slot = blockIdx.x; slot < f.found[kClasses]; slot += gridDim.x) {
@@ -244,7 +245,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     centred_parts(const __grid_constant__ ForwardLaunch<typename T::A> p) {
   const auto& f = p.forward;
-  Block<T> b(p.problem, p.saved, f.table_bytes, 0);
+  Block<T> b(p.problem, p.saved, f.table_bytes, 0, true);
   if (f.found[kCollapsedClasses] == 0) return;
   for_each_item(
       b, f, [&] { return b.centred != 0; },
@@ -262,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     growths(const __grid_constant__ ForwardLaunch<typename T::A> p) {
   using A = typename T::A;
   const auto& f = p.forward;
-  Block<T> b(p.problem, p.saved, f.table_bytes, 0);
+  Block<T> b(p.problem, p.saved, f.table_bytes, 0, true);
   if (f.found[kCollapsedClasses] == 0) return;
 #pragma unroll 1
   for (int slot = blockIdx.x; slot < f.found[kClasses]; slot += gridDim.x) {
@@ -284,13 +285,13 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     centred_divergences(const __grid_constant__ ForwardLaunch<typename T::A> p) {
   const auto& f = p.forward;
-  Block<T> b(p.problem, p.saved, f.table_bytes, 0);
+  Block<T> b(p.problem, p.saved, f.table_bytes, 0, true);
   if (f.found[kCollapsedClasses] == 0) return;
   for_each_item(
       b, f, [&] { return b.centred != 0; },
       [&](int, int part, const Share& share) {
         find_largest_column(b);
-        divergences<Centred<T>>(b, b.tiling(2, share.lanes), share.begin, share.end, b.centred,
+        divergences<Centred<T>>(b, tiling_for<Centred<T>>(b, share.lanes), share.begin, share.end, b.centred,
                                 part_of(b, f, part));
       });
 }
@@ -311,11 +312,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
   using A = typename T::A;
   const Problem<A>& q = p.problem;
   const Forward<A>& f = p.forward;
-  Block<T> b(q, p.saved, f.table_bytes, 0);
+  Block<T> b(q, p.saved, f.table_bytes, 0, true);
   for_each_item(
       b, f, [] { return true; },
       [&](int, int part, const Share& share) {
-        const Tiling t = b.tiling(1, share.lanes);
+        const Tiling t = b.tiling(q.padded, share.lanes);
         const int64_t label = b.label();
         choose_scales(b);
 #pragma unroll 1

@@ -44,6 +44,8 @@ A sum(size_t n, const A* x) {
   CMIM_FUNCTION(exp_nonpositive, suffix, A, exp_nonpositive(v))                                            \
   CMIM_FUNCTION(log_positive, suffix, A, log_positive(v))                                                  \
   CMIM_FUNCTION(psi, suffix, A, psi(v))                                                                    \
+  CMIM_FUNCTION(expm1_of, suffix, A, expm1_of(v))                                                          \
+  CMIM_FUNCTION(chosen, suffix, A, chosen(v > A(0), v, A(-1)))                                             \
   CMIM_FUNCTION(larger_than_one, suffix, A, larger(v, A(1)))                                               \
   CMIM_FUNCTION(third, suffix, A, product(v, A(1) / A(3)) - v / A(3))                                      \
   extern "C" void differences_##suffix(size_t n, const A* x, const A* y, A* high, A* low) {                \
@@ -56,6 +58,7 @@ A sum(size_t n, const A* x) {
     return sum(n, x);                                                                                      \
   }
 CMIM_FUNCTIONS(f32, float)
+CMIM_FUNCTION(exp_coarse, f32, float, exp_coarse(v))
 CMIM_FUNCTIONS(f64, double)
 
 extern "C" void to_bf16(size_t n, const float* x, uint16_t* out) {

@@ -63,6 +63,16 @@ V atomicAdd(V* p, V x) {
   *p = old + x;
   return old;
 }
+inline unsigned atomicOr(unsigned* p, unsigned x) {
+  const unsigned old = *p;
+  *p = old | x;
+  return old;
+}
+inline int atomicMax(int* p, int x) {
+  const int old = *p;
+  if (x > old) *p = x;
+  return old;
+}
 template <class V>
 V atomicMin(V* p, V x) {
   const V old = *p;
