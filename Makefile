@@ -43,12 +43,16 @@ format: $(VENV)/dev.stamp ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
 
+# A process for each core, whole files apiece; what measures time comes last and alone.
+PARALLEL := --numprocesses=auto --dist=loadfile
+
 # The interpreter's switch must be set before Triton is imported, so its tests are a process of their own.
 interpreter: $(VENV)/dev.stamp ## the Triton kernels on the CPU, through Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter $(PARALLEL)
 
 unit: $(VENV)/dev.stamp ## the other tests
-	$(BIN)/python -m pytest -m "not interpreter"
+	$(BIN)/python -m pytest -m "not interpreter and not speed" $(PARALLEL)
+	$(BIN)/python -m pytest -m "not interpreter and speed"
 
 bench: $(VENV)/dev.stamp ## time the loss against F.cross_entropy, print tables, plot
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=out/benchmarks.json
