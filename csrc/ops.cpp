@@ -137,8 +137,8 @@ int32_t dtype_of(ScalarType type) {
 Tensor empty(std::initializer_list<int64_t> size, ScalarType type) {
   const int64_t strides[] = {size.size() == 2 ? size.begin()[1] : 1, 1};
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(size.size()), size.begin(), strides, dtype_of(type), aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.begin(), strides, dtype_of(type),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

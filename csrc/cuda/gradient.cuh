@@ -169,10 +169,8 @@ __device__ inline void clear_padding(const Block<T>& b, const Tiling& t, int tab
 
 // Temperatures that follow from one exponential; its rounding counts fourfold at most.
 constexpr int kRun = 4;
-// Up to so many, the table of a thread's columns is in registers; numbers of two registers are too many.
+// Up to so many powers, the table of a thread's columns is in registers.
 constexpr int kFew = 8;
-template <class A>
-constexpr bool kRegistersForTable = sizeof(A) == 4;
 
 // What is known of a row in a thread's columns: x = logit - top, d of the centred form, exp(unit x) of a
 // chain
@@ -250,7 +248,7 @@ __device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>
   const Tiling t = b.tiling((with_rho || q.centroids ? 2 : 1) * q.padded, share.lanes);
   const Coefficients<A> c = coefficients(b);
   const int label = b.label();
-  const bool few = kRegistersForTable<A> && q.padded == kFew && !with_rho;
+  const bool few = T::kChain && q.padded == kFew && !with_rho;
 #pragma unroll 1
   for (int c0 = share.begin; c0 < share.end; c0 += t.columns) {
     if (q.centroids)
@@ -262,7 +260,7 @@ __device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>
     const int j = c0 + t.column();
     A log_ratio[kFew][kVector] = {};
     const int shift = opaque(t.shift);
-    if constexpr (kRegistersForTable<A>) {
+    if constexpr (T::kChain) {
 #pragma unroll
       for (int k = 0; k < kFew; ++k)
         if (few) load_four(table + (k << shift), log_ratio[k]);
@@ -287,7 +285,7 @@ __device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>
           for (int u = 0; u < kVector; ++u) at.d[u] = offset(z[u], z0[u], b.shift()[i]);
         }
         if (few)
-          add_divergences<kRegistersForTable<A>, T>(q, c, i, log_ratio, table, t.columns, with_rho, at, g);
+          add_divergences<T::kChain, T>(q, c, i, log_ratio, table, t.columns, with_rho, at, g);
         else
           add_divergences<false, T>(q, c, i, log_ratio, table, t.columns, with_rho, at, g);
         if (q.has_ce)

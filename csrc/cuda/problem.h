@@ -143,7 +143,7 @@ struct Forward {
 };
 
 enum Found { kBadLabels, kClasses, kCollapsedClasses, kFounds };
-enum Scanned { kTop, kExponentials, kWeighted, kWeights, kScanned };
+enum Scanned { kTop, kWeighted, kWeights, kScanned };
 enum ClassSum { kClassCe, kClassWeight, kClassCount, kClassPresent, kClassSums };
 
 // What the kernels that compute the gradient read and write.
