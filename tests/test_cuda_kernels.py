@@ -17,6 +17,8 @@ from cmim_kernels.reference import MEAN, NONE, SPECTRUM, SUM
 pytestmark = needs_x86
 
 WIDTHS = {"wide": 1.5, "some_temperatures_collapsed": 0.4, "collapsed": 1e-3}
+Grid = tuple[float, ...]
+grids = pytest.mark.parametrize("a", [EIGHT, (0.1, 0.5, 1.3)], ids=["powers", "apart"])
 widths = pytest.mark.parametrize("width", list(WIDTHS.values()), ids=list(WIDTHS))
 
 
@@ -61,15 +63,18 @@ class TestManyRows:
 
 
 @widths
+@grids
 class TestClustersOfBlocks:
-    """Few classes of many columns: several blocks share a class, in the fused kernel."""
+    """Few classes of many columns: several blocks share a class, in the fused kernel of grids apart."""
 
-    def same_in_any_order(self, width: float, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    def same_in_any_order(
+        self, width: float, a: Grid, dtype: torch.dtype = torch.float32, **options: Any
+    ) -> None:
         """As many as eight blocks, of which the last may have fewer columns, or none."""
         upstream = options.pop("upstream", None)
         for columns, order in ((256, 1), (1027, 5)):
             logits, target = clusters(width, n=12, c=columns, classes=3)
-            logits, args = logits.to(dtype), arguments(target, **options)
+            logits, args = logits.to(dtype), arguments(target, a=a, **options)
             with settings(FUSED, processors=100):
                 check_norm(logits, args, upstream, 1e-6 if dtype == torch.float32 else 1e-2)
                 value, gradient = run(logits, args, upstream)
@@ -79,40 +84,42 @@ class TestClustersOfBlocks:
             assert same_bits(gradient, gradient_again)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-    def test_mean(self, width: float, dtype: torch.dtype) -> None:
-        self.same_in_any_order(width, dtype, label_smoothing=0.1)
+    def test_mean(self, width: float, a: Grid, dtype: torch.dtype) -> None:
+        self.same_in_any_order(width, a, dtype, label_smoothing=0.1)
 
-    def test_rows(self, width: float) -> None:
-        self.same_in_any_order(width, reduction=NONE, upstream=torch.rand(12))
+    def test_rows(self, width: float, a: Grid) -> None:
+        self.same_in_any_order(width, a, reduction=NONE, upstream=torch.rand(12))
 
-    def test_spectrum(self, width: float) -> None:
-        self.same_in_any_order(width, reduction=SPECTRUM, a=(0.1, 0.5, 1.3), upstream=torch.rand(3))
+    def test_spectrum(self, width: float, a: Grid) -> None:
+        self.same_in_any_order(width, a, reduction=SPECTRUM, upstream=torch.rand(len(a)))
 
-    def test_class_weights(self, width: float) -> None:
+    def test_class_weights(self, width: float, a: Grid) -> None:
         logits, target = clusters(width, n=12, c=600, classes=3)
         weight = 0.5 + torch.rand(600)
         with settings(FUSED, processors=100):
-            check(logits, arguments(target, class_weight=weight, label_smoothing=0.2))
+            check(logits, arguments(target, a=a, class_weight=weight, label_smoothing=0.2))
 
-    def test_given_centroids(self, width: float) -> None:
+    def test_given_centroids(self, width: float, a: Grid) -> None:
         logits, target = clusters(width, n=12, c=300, classes=3)
-        centroids = torch.softmax(torch.randn(2, 300, 300), -1)
+        centroids = torch.softmax(torch.randn(len(a), 300, 300), -1)
         with settings(FUSED, processors=100):
-            check(logits, arguments(target, a=(0.5, 1.0), centroids=centroids))
+            check(logits, arguments(target, a=a, centroids=centroids))
 
 
-def test_where_the_largest_logit_is_in_a_cluster() -> None:
+@grids
+def test_where_the_largest_logit_is_in_a_cluster(a: Grid) -> None:
     """In any block's columns, in several at once, and no number in one of them."""
     logits, target = torch.randn(12, 520), torch.arange(12) % 2
     logits[0, 519], logits[1, 130] = 9.0, 9.0
     logits[2, [5, 200, 400]] = 9.0
     logits[3, 128:260] = -torch.inf
     target[4] = -100
+    args = arguments(target, a=a)
     with settings(FUSED, processors=200):
-        check(logits, arguments(target))
+        check(logits, args)
         for bad in (torch.nan, torch.inf):
             logits[5, 300] = bad
-            value, gradient = run(logits, arguments(target))
+            value, gradient = run(logits, args)
             assert value.isnan()
             assert gradient[5].isnan().all()
             assert gradient[4].count_nonzero() == 0
