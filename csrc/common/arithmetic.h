@@ -91,17 +91,26 @@ CMIM_HD double product(double x, double y) {
 #endif
 }
 
+// exp(x) = scale exp(f), |f| <= ln(2)/2, for x from -88, where scale is 0, to 88
+struct Reduced {
+  float f, scale;
+  CMIM_HD explicit Reduced(float x) {
+    const float magic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the mantissa
+    const float shifted = fmaf(x, Constants<float>::log2e, magic), n = shifted - magic;
+    f = fmaf(n, -0x1.62e4p-1f, x);
+    f = fmaf(n, -0x1.7f7d1cp-20f, f);
+    scale = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
+  }
+};
+
 // exp(x) of x <= 0 to within 1 ulp; 0 below the smallest normal number. Not for NaN, which becomes 0.
 //
 // The hardware's ex2.approx errs by up to 2 ulp (CUDA C++ Programming Guide, exp2f), which the eighth power
 // of it would turn into 16: too much for the bound on the CMI of each temperature. docs/performance_gpu.md
 // counts what the polynomial costs.
 CMIM_HD float exp_nonpositive(float x) {
-  x = x > -88.0f ? x : -88.0f;
-  const float magic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the mantissa
-  const float shifted = fmaf(x, Constants<float>::log2e, magic), n = shifted - magic;
-  float f = fmaf(n, -0x1.62e4p-1f, x);
-  f = fmaf(n, -0x1.7f7d1cp-20f, f);
+  const Reduced r(x > -88.0f ? x : -88.0f);
+  const float f = r.f;
   // fitted to exp on |f| <= ln(2)/2; relative error 3e-9
   float p = fmaf(f, 0x1.6a23dp-10f, 0x1.123a2p-7f);
   p = fmaf(p, f, 0x1.5558f2p-5f);
@@ -109,7 +118,7 @@ CMIM_HD float exp_nonpositive(float x) {
   p = fmaf(p, f, 0x1.fffffcp-2f);
   p = fmaf(p, f, 1.0f);
   p = fmaf(p, f, 1.0f);
-  return p * bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
+  return p * r.scale;
 }
 CMIM_HD double exp_nonpositive(double x) {
   return exp(x);
@@ -153,19 +162,15 @@ CMIM_HD double log_positive(double x) {
 // exp(x) - 1 to a relative 2e-7, up to x = 88; the same beyond, and -1 for NaN
 CMIM_HD float expm1_of(float x) {
   x = x > -88.0f ? x : -88.0f;
-  x = x < 88.0f ? x : 88.0f;
-  const float magic = 0x1.8p23f;
-  const float shifted = fmaf(x, Constants<float>::log2e, magic), n = shifted - magic;
-  float f = fmaf(n, -0x1.62e4p-1f, x);
-  f = fmaf(n, -0x1.7f7d1cp-20f, f);
+  const Reduced r(x < 88.0f ? x : 88.0f);
+  const float f = r.f;
   float p = fmaf(f, 1.0f / 5040, 1.0f / 720);  // what is left out is 2e-8 of the sum
   p = fmaf(p, f, 1.0f / 120);
   p = fmaf(p, f, 1.0f / 24);
   p = fmaf(p, f, 1.0f / 6);
   p = fmaf(p, f, 0.5f);
   p = fmaf(p, f * f, f);
-  const float scale = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);  // 0 at x = -88
-  return fmaf(p, scale, scale - 1.0f);
+  return fmaf(p, r.scale, r.scale - 1.0f);
 }
 CMIM_HD double expm1_of(double x) {
   return expm1(x);

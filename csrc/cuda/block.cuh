@@ -13,8 +13,9 @@ struct Tiling {
   // This thread's group, and the first of its columns in the tile
   __device__ int group() const { return opaque(int(threadIdx.x)) * kVector >> shift; }
   __device__ int column() const { return opaque(int(threadIdx.x)) * kVector & (columns - 1); }
-  // Warps that have a row between them
+  // Warps that have a row between them, and this thread's among these
   __device__ int warps() const { return lanes > kWarp ? lanes / kWarp : 1; }
+  __device__ int warp() const { return (opaque(int(threadIdx.x)) & (lanes - 1)) / kWarp; }
 };
 
 // Threads that share a row, where every row is gone through by itself: all of them for one row, a warp each
@@ -234,8 +235,26 @@ struct Block {
   // adds it to what it left there. combine() holds them until collect().
   template <int N>
   __device__ void deposit(const Tiling& t, int i, bool there, A (&sum)[N], bool add) const {
-    const int warp = (opaque(int(threadIdx.x)) & (t.lanes - 1)) / kWarp;
-    deposit_sums(sum, t.lanes, there, add, combine() + (i * t.warps() + warp) * N);
+    deposit_sums(sum, t.lanes, there, add, combine() + (i * t.warps() + t.warp()) * N);
+  }
+  // The same for the rows of a batch: visit(i, sum) adds a thread's part of row i.
+  template <int N, class Visit>
+  __device__ void deposit_rows(const Tiling& t, int rows, bool add, Visit visit) const {
+#pragma unroll 1
+    for (int i0 = 0; i0 < rows; i0 += t.groups) {
+      const int i = i0 + t.group();
+      A sum[N] = {};
+      if (i < rows) visit(i, sum);
+      deposit(t, i, i < rows, sum, add);
+    }
+  }
+  // Sum k of row i, of what its warps have left in `parts`
+  template <int N>
+  __device__ static A total(const Tiling& t, const A* parts, int i, int k) {
+    A sum = 0;
+#pragma unroll 1
+    for (int warp = 0; warp < t.warps(); ++warp) sum += parts[(i * t.warps() + warp) * N + k];
+    return sum;
   }
   // finish(i, k, sum) in one thread for each. Barriers before and after.
   template <int N, class Finish>
@@ -244,10 +263,7 @@ struct Block {
 #pragma unroll 1
     for (int at = threadIdx.x; at < rows * N; at += kThreads) {
       const int i = at / N, k = at - i * N;
-      A total = 0;
-#pragma unroll 1
-      for (int warp = 0; warp < t.warps(); ++warp) total += combine()[(i * t.warps() + warp) * N + k];
-      finish(i, k, total);
+      finish(i, k, total<N>(t, combine(), i, k));
     }
     __syncthreads();
   }
@@ -261,14 +277,10 @@ struct Block {
     for (int row0 = 0; row0 < count; row0 += kBatch) {
       const int rows = rows_in_batch(row0, kBatch);
       stage(row0, rows);
+      deposit_rows<N>(t, rows, false, [&](int i, A(&sum)[N]) {
 #pragma unroll 1
-      for (int i0 = 0; i0 < rows; i0 += t.groups) {
-        const int i = i0 + t.group();
-        A sum[N] = {};
-#pragma unroll 1
-        for (int j = from + t.column(); i < rows && j < to; j += t.columns) visit(i, row0 + i, j, sum);
-        deposit(t, i, i < rows, sum, false);
-      }
+        for (int j = from + t.column(); j < to; j += t.columns) visit(i, row0 + i, j, sum);
+      });
       collect<N>(t, rows, [&](int i, int k, A total) { finish(row0 + i, k, total); });
     }
   }
@@ -289,13 +301,9 @@ struct Block {
       for (int row0 = 0; row0 < count; row0 += kBatch) {
         const int rows = rows_in_batch(row0, kBatch);
         stage(row0, rows);
-#pragma unroll 1
-        for (int i0 = 0; i0 < rows; i0 += t.groups) {
-          const int i = i0 + t.group();
-          A sum[N] = {};
-          if (i < rows && j < to) visit(i, row0 + i, j, sum);
-          deposit(t, i, i < rows, sum, at_once && c0 > from);
-        }
+        deposit_rows<N>(t, rows, at_once && c0 > from, [&](int i, A(&sum)[N]) {
+          if (j < to) visit(i, row0 + i, j, sum);
+        });
         if (at_once && c0 + t.columns < to) continue;
         collect<N>(t, rows,
                    [&](int i, int k, A total) { finish(row0 + i, k, total, at_once || c0 == from); });

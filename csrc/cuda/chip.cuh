@@ -70,7 +70,6 @@ struct ChipRows {
   __device__ static int* tops() { return reinterpret_cast<int*>(Block<T>::table()); }
   __device__ A* others() const { return b.table() + kBatch; }
   __device__ bool in_columns() const { return t.column() < wide; }
-  __device__ int warp_of_row() const { return (opaque(int(threadIdx.x)) & (t.lanes - 1)) / kWarp; }
 
   // call(i, whether there is such a row) in every thread, for the rows of its group
   template <class F>
@@ -86,10 +85,7 @@ struct ChipRows {
   }
   template <int N>
   __device__ A total(const A* parts, int i, int k) const {
-    A sum = 0;
-#pragma unroll 1
-    for (int warp = 0; warp < t.warps(); ++warp) sum += parts[(i * t.warps() + warp) * N + k];
-    return sum;
+    return Block<T>::template total<N>(t, parts, i, k);
   }
 
   // Where row i comes from
@@ -210,8 +206,7 @@ struct ChipRows {
         }
       }
       if (cluster) b.deposit(t, i, there, sum, false);
-      if (more)
-        deposit_sums(other, t.lanes, there, false, others() + (i * t.warps() + warp_of_row()) * kVector);
+      if (more) deposit_sums(other, t.lanes, there, false, others() + (i * t.warps() + t.warp()) * kVector);
     });
   }
   // exp(x), and for label smoothing the weighted logit and the weight

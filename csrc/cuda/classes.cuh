@@ -84,11 +84,12 @@ __device__ inline void tell_no_class(const Problem<A>& q, const Forward<A>& f, i
     *class_sum(q, f, which, slot) = 0;
 }
 
-// The class's share of every sum over classes, to f.sums if `tell`. `kl` null: the divergences are zero.
-// Returns the mask of the temperatures at which the class has collapsed. Barriers before and after.
-template <class T>
+// The class's share of every sum over classes, to f.sums if `tell`: of ce(row) and, of a `cluster`, of
+// kl(row, k); the divergences of others are zero. Returns the mask of the temperatures at which the class has
+// collapsed. Barriers before and after.
+template <class T, class Ce, class Kl>
 __device__ inline uint64_t sum_class(const Block<T>& b, const Forward<typename T::A>& f, int slot,
-                                     const typename T::A* kl, bool tell) {
+                                     bool cluster, bool tell, Ce ce, Kl kl) {
   using A = typename T::A;
   const Problem<A>& q = b.q;
   const int thread = opaque(int(threadIdx.x)), lane = thread % kWarp, warp = thread / kWarp;
@@ -98,23 +99,31 @@ __device__ inline uint64_t sum_class(const Block<T>& b, const Forward<typename T
   __syncthreads();
 #pragma unroll 1
   for (int which = warp; which <= q.padded; which += kWarps) {
+    const bool divergence = cluster && which < q.temperatures;
     CarefulSum<A> sum;
 #pragma unroll 1
     for (int row = lane; row < count; row += kWarp) {
       if (which == q.padded)
-        sum.add(f.ce[b.first + row]);
-      else if (kl && which < q.temperatures)
-        sum.add(kl_of(b, row, which, kl));
+        sum.add(ce(row));
+      else if (divergence)
+        sum.add(kl(row, which));
     }
     const A total = sum_over_warp(sum.value());
     if (lane != 0) continue;
     if (tell) *class_sum(q, f, which, slot) = total;
-    if (kl && which < q.temperatures && total < kCollapsed<A> * A(count))
-      atomicOr(mask + which / 32, 1u << which % 32);
+    if (divergence && total < kCollapsed<A> * A(count)) atomicOr(mask + which / 32, 1u << which % 32);
   }
   if (thread == 0 && tell) tell_class(b, f, slot);
   __syncthreads();
   return mask[0] | uint64_t(mask[1]) << 32;
+}
+// The same from memory; `kl` null: no cluster
+template <class T>
+__device__ inline uint64_t sum_class(const Block<T>& b, const Forward<typename T::A>& f, int slot,
+                                     const typename T::A* kl, bool tell) {
+  return sum_class(
+      b, f, slot, kl != nullptr, tell, [&](int row) { return f.ce[b.first + row]; },
+      [&](int row, int k) { return kl_of(b, row, k, kl); });
 }
 
 // A row's part of the loss

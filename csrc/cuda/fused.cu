@@ -108,7 +108,6 @@ __device__ void fused_scan(Block<T>& b, const Forward<typename T::A>& f, const T
         });
 
   const int lanes = t.lanes < kWarp ? t.lanes : kWarp;
-  const int warp = (opaque(int(threadIdx.x)) & (t.lanes - 1)) / kWarp;
   A* const tops = b.combine();  // (rows of a batch, warps of a row)
 #pragma unroll 1
   for (int row0 = 0; row0 < b.count; row0 += kBatch) {
@@ -129,7 +128,7 @@ __device__ void fused_scan(Block<T>& b, const Forward<typename T::A>& f, const T
       }
       for (int distance = lanes / 2; distance > 0; distance /= 2)
         top = larger_or_nan(top, from_lane(top, distance));
-      if (i < rows && (threadIdx.x & (lanes - 1)) == 0) tops[i * t.warps() + warp] = top;
+      if (i < rows && (threadIdx.x & (lanes - 1)) == 0) tops[i * t.warps() + t.warp()] = top;
     }
     __syncthreads();
 #pragma unroll 1

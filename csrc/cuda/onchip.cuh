@@ -112,6 +112,7 @@ class OnChip : ChipRows<T> {
     });
   }
   __device__ void finish_plain() {
+    if (threadIdx.x == 0) b.flags()[0] = q.classes - 1;  // for find_shifts()
     for_both([&](int i, int k) {
       const int at = i * K + k;
       const A sum = of_both(kSum)[at], divergence = Rows::template total<K>(b.combine(), i, k) / sum;
@@ -121,30 +122,10 @@ class OnChip : ChipRows<T> {
     });
   }
 
-  // As the function of that name in classes.cuh. Barriers before and after.
-  __device__ unsigned sum_class(int slot, bool cluster) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    unsigned* const mask = reinterpret_cast<unsigned*>(b.flags() + 2);
-    if (threadIdx.x == 0) *mask = 0, b.flags()[0] = q.classes - 1;
-    __syncthreads();
-#pragma unroll 1
-    for (int which = warp; which <= K; which += kWarps) {
-      CarefulSum<A> sum;
-#pragma unroll 1
-      for (int i = lane; i < n; i += kWarp) {
-        if (which == K)
-          sum.add(of_rows(kCe)[i]);
-        else if (cluster && which < q.temperatures)
-          sum.add(of_both(kKl)[i * K + which]);
-      }
-      const A found = sum_over_warp(sum.value());
-      if (lane != 0) continue;
-      *class_sum(q, f, which, slot) = found;
-      if (cluster && which < q.temperatures && found < kCollapsed<A> * A(n)) atomicOr(mask, 1u << which);
-    }
-    if (threadIdx.x == 0) tell_class(b, f, slot);
-    __syncthreads();
-    return *mask;
+  __device__ unsigned sum_class(int slot, bool cluster) const {
+    return unsigned(cuda::sum_class(
+        b, f, slot, cluster, true, [&](int i) { return of_rows(kCe)[i]; },
+        [&](int i, int k) { return of_both(kKl)[i * K + k]; }));
   }
 
   // The divergences of the temperatures in `wanted`, in the centred form unless the rows are too far apart
