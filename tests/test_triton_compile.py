@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_offline import CASES, MI300, SHARED_LIMIT, Case, Launch, compiled, cuda, used
+from triton_offline import CASES, MI300, SHARED_LIMIT, Case, Launch, compiled, cuda, function_of, used
 
 import cmim_kernels as ck
 from cmim_kernels.backends import triton as backend
@@ -200,6 +200,90 @@ def test_what_it_refuses() -> None:
         assert "classes" in str(backend.refuses(torch.empty(1, 2**21 + 1, device="cuda"), 8))
         assert "rows" in str(backend.refuses(torch.empty(1, 1, device="cuda").expand(2**30 + 1, 1), 8))
     assert "on a GPU" in str(backend.refuses(torch.empty(2, 3), 8))
+
+
+def test_no_kernel_specialises_on_its_integers() -> None:
+    """What launch.py counts on: another number of rows is another kernel for nobody."""
+    seen = set()
+    for case in [*CASES.values(), Case(8192, 1000)]:
+        for launch in case.launches():
+            types = dict(launch.signature)
+            for parameter in function_of(launch.kernel).params:
+                if types[parameter.name].startswith("i"):
+                    seen.add(parameter.name)
+                    assert parameter.do_not_specialize, (launch.kernel, parameter.name)
+    assert {"N", "ignore_index", "row_units", "up_stride", "out_units", "chunks"} <= seen
+
+
+# A driver that has no device: kernels are compiled, and what would be launched is written down.
+LAUNCHED_AGAIN = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Utils:
+    def load_binary(self, *args): return 1, 1, 32, 0, 1024
+    def unload_module(self, module): pass
+    def get_device_properties(self, device): return {"max_shared_mem": 232448}
+
+class Driver:
+    utils = Utils()
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 7
+    def launcher_cls(self, source, metadata):
+        def launch(x, y, z, stream, function, packed, hooked, enter, leave, *args):
+            launched.append((source.fn.__name__, dict(source.attrs), (x, y, z), stream, args))
+        return launch
+
+driver.set_active(Driver())
+from cmim_kernels.backends import triton as backend
+from cmim_kernels.backends._triton.launch import launcher
+from cmim_kernels.reference import MEAN, NONE
+
+looked_up = []
+run = JITFunction.run
+JITFunction.run = lambda self, *args, **kwargs: looked_up.append(self) or run(self, *args, **kwargs)
+
+def call(logits, target, a, reduction):
+    launched.clear(), looked_up.clear()
+    arguments = (logits, target, a, (0.5,) * len(a), None, None, 1.0, 1.0, 0.0, -100, reduction)
+    value, saved = backend._loss(*arguments, True)
+    backend._loss_backward(torch.ones_like(value), saved, *arguments)
+    return list(launched), len(looked_up)
+
+def described(value):
+    return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else (type(value), value)
+
+launched = []
+logits, target = torch.randn(8, 40), torch.randint(0, 5, (9,))
+cases = [
+    (logits, target[:8], (0.5, 1.0), MEAN),
+    (logits, target[1:], (0.5, 1.0), MEAN),  # off by 8 bytes
+    (logits, target[:8], (0.5, 1.0), NONE),
+]
+compiled = set()
+for case in cases:
+    first, times = call(*case)
+    assert 1 <= times <= len(first), times
+    again, times = call(*case)
+    assert times == 0, "a compiled kernel is launched as it is"
+    assert [launch[:4] for launch in first] == [launch[:4] for launch in again]
+    for one, other in zip(first, again):
+        assert [described(x) for x in one[4]] == [described(x) for x in other[4]], one[0]
+        assert len(one[4]) > 20
+    rows = first[0]
+    assert rows[0] == "rows_kernel" and rows[3] == 7
+    compiled.add(str(rows[1]))
+assert len(compiled) == 2, compiled  # with the target's address a multiple of 16 bytes, and without
+assert [len(launcher(f"{name}_kernel").compiled) for name in ("rows.rows", "forward.forward")] == [2, 2]
+"""
+
+
+def test_a_compiled_kernel_is_launched_with_what_triton_would_have_given_it() -> None:
+    done = subprocess.run([sys.executable, "-c", LAUNCHED_AGAIN], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 WITHOUT_TRITON = """

@@ -63,7 +63,7 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
     launches: list[Launch] = []
 
     def record(self: Any, kernel: str, programs: int, *tensors: Tensor | None, **arguments: Any) -> None:
-        function = _function(kernel)
+        function = function_of(kernel)
         names = list(inspect.signature(function.fn).parameters)
         values = dict(zip(names, tensors, strict=False)) | self.shape | arguments
         annotations = function.fn.__annotations__
@@ -101,7 +101,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
     """Triton's kernel, every stage of it in `asm`, with pointers aligned as torch aligns them."""
     types = dict(launch.signature)
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
-    source = ASTSource(_function(launch.kernel), types, dict(launch.constants), aligned)
+    source = ASTSource(function_of(launch.kernel), types, dict(launch.constants), aligned)
     options = dict(OPTIONS)
     if target.backend == "hip":
         del options["maxnreg"]
@@ -121,7 +121,8 @@ def used(kernel: Any) -> Usage:
     return Usage(found["REG"], found["STACK"], found["LOCAL"], kernel.metadata.shared)
 
 
-def _function(kernel: str) -> Any:
+def function_of(kernel: str) -> Any:
+    """The kernel that is called module.function in cmim_kernels.backends._triton."""
     module, name = kernel.split(".")
     return getattr(import_module(f"cmim_kernels.backends._triton.{module}"), name)
 

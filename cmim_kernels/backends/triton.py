@@ -11,7 +11,6 @@ the loss NaN, and the gradient of that row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..reference import MEAN, NONE, SPECTRUM
+from ._triton.launch import launcher
 from ._triton.plan import (
     MAX_CLASSES,
     MAX_ROWS,
     MAX_TEMPERATURES,
-    OPTIONS,
     ROWS_OF_SUMS,
     Plan,
     Temperatures,
@@ -109,10 +108,8 @@ class _Call:
 
     def launch(self, kernel: str, programs: int, *tensors: Tensor | None, **arguments: Any) -> None:
         """Runs `module.function` of `_triton` on the logits' device and its current stream."""
-        module, function = kernel.split(".")
-        compiled = getattr(import_module(f"{__package__}._triton.{module}"), function)
         with torch.cuda.device_of(self.logits):
-            compiled[(programs,)](*tensors, **self.shape, **arguments, **OPTIONS)
+            launcher(kernel)(self.logits.device.index, programs, tensors, self.shape | arguments)
 
     def rows(
         self,
@@ -160,10 +157,9 @@ def _loss(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     value = logits.new_empty(_value_shape(logits, len(inverse_temperatures), reduction), dtype=torch.float32)
-    nothing = logits.new_empty(0, dtype=torch.float32)
     if len(logits) == 0:
         undefined = reduction == SPECTRUM or (reduction == MEAN and (ce_weight != 0 or cmi_weight != 0))
-        return value.fill_(float("nan") if undefined else 0.0), nothing
+        return value.fill_(float("nan") if undefined else 0.0), value.new_empty(0)
     given = centroids is not None
     call = _Call(logits, inverse_temperatures, temperature_weights, reduction == NONE, given)
     plan, n, k = call.plan, call.n, call.k
@@ -212,7 +208,7 @@ def _loss(
         CHUNK=chunk,
         FR=max(1, ROWS_OF_SUMS * 8 // call.temperatures.padded),
     )
-    return value, saved if save else nothing
+    return value, saved if save else value.new_empty(0)
 
 
 def _loss_backward(

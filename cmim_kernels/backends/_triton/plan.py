@@ -115,6 +115,7 @@ class Plan(NamedTuple):
     saved: int  # words
 
 
+@lru_cache(maxsize=256)
 def make_plan(n: int, c: int, k: int, per_row: bool, given: bool) -> Plan:
     """The plan for logits (n, c), n > 0, and k temperatures.
 

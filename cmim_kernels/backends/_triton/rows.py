@@ -62,7 +62,18 @@ def place(target, i, key, stride, N, C, ignore_index, R: tl.constexpr, BN: tl.co
     return first + tl.sum(before, 1), first, tl.sum(same, 1)
 
 
-@triton.jit(do_not_specialize=["N", "C", "K", "row_units", "col_stride", "target_stride", "n_counters"])
+@triton.jit(
+    do_not_specialize=[
+        "N",
+        "C",
+        "K",
+        "row_units",
+        "col_stride",
+        "target_stride",
+        "n_counters",
+        "ignore_index",
+    ]
+)
 def rows_kernel(
     logits,  # (N, C)
     target,  # (N,) int64
