@@ -271,12 +271,23 @@ struct Convert<T, F16> {
   }
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+CMIM_INLINE __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
 // Lanes beyond `valid` read as -inf (a masked class) and are not written.
 template <class T, class S>
 CMIM_INLINE Vec<T> load_tail(const S* p, int64_t valid) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4 && sizeof(S) == 4)
     return _mm512_mask_loadu_ps(splat(-__builtin_inff()), __mmask16((1u << valid) - 1), p);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4 && sizeof(S) == 4) {
+    const __m256i valid_lanes = first_lanes(valid);
+    return _mm256_blendv_ps(splat(-__builtin_inff()), _mm256_maskload_ps(p, valid_lanes),
+                            bits<__m256>(valid_lanes));
+  }
 #endif
   S lane[Simd<T>::width];
   Convert<T, S>::to(lane, splat<T>(-__builtin_inf()));
@@ -288,6 +299,8 @@ CMIM_INLINE void store_tail(S* p, Vec<T> v, int64_t valid) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4 && sizeof(S) == 4)
     return _mm512_mask_storeu_ps(p, __mmask16((1u << valid) - 1), v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4 && sizeof(S) == 4) return _mm256_maskstore_ps(p, first_lanes(valid), v);
 #endif
   S lane[Simd<T>::width];
   Convert<T, S>::to(lane, v);
