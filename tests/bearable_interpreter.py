@@ -2,7 +2,8 @@
 
 A launch replaces the functions of `triton.language` by interpreted ones, by walking through the whole
 module, and so does every call of a device function within it, though there is nothing left to replace: two
-thirds of a run's time. Importing this module leaves out the walks that change nothing.
+thirds of a run's time. Importing this module leaves out the walks that change nothing. Much of the rest goes
+into the types and shapes of blocks, which are few, and are remembered here.
 
 The interpreter cuts off the digits that a bfloat16 has no room for. Devices round to nearest, ties to even,
 and so it is done here. Its exponential is right to half a unit in the last place; a device's is one
@@ -12,20 +13,58 @@ one here: by what looks drawn at random for each argument, not at whole numbers,
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language import semantic
 from triton.runtime import interpreter
 
-_convert = interpreter._convert_float
+_convert, _dtype = interpreter._convert_float, interpreter._get_np_dtype
+_block_type, _tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
+_broadcast = semantic.TritonSemantic.broadcast_impl_value
+_block_types: dict[Any, dict[str, Any]] = {}
+_tensors: dict[str, dict[str, Any]] = {}
+_dtypes: dict[str, Any] = {}
+
+
+@functools.cache
+def _languages(function: Any) -> list[Any]:
+    return [value for value in function.__globals__.values() if value in (tl, tl.core)]
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    languages = [value for value in self.fn.__globals__.values() if value in (tl, tl.core)]
-    if any(tl.core.is_builtin(language.load) for language in languages):
+    if any(tl.core.is_builtin(language.load) for language in _languages(self.fn)):
         interpreter._patch_lang(self.fn)
     return self.rewrite()(*args, **kwargs)
+
+
+def _remembered_block_type(self: Any, element_ty: Any, shape: Any) -> None:
+    key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+    if key not in _block_types:
+        _block_type(self, element_ty, shape)
+        _block_types[key] = dict(vars(self))
+    vars(self).update(_block_types[key])
+
+
+def _remembered_tensor(self: Any, handle: Any, type: Any) -> None:
+    if type.name not in _tensors:
+        _tensor(self, handle, type)
+        _tensors[type.name] = dict(vars(self))
+    vars(self).update(_tensors[type.name], handle=handle)
+
+
+def _remembered_dtype(type: Any) -> Any:
+    if type.name not in _dtypes:
+        _dtypes[type.name] = _dtype(type)
+    return _dtypes[type.name]
+
+
+def _broadcast_unless_alike(self: Any, one: Any, other: Any) -> Any:
+    if one.type.is_block() and other.type.is_block() and one.type.shape.values == other.type.shape.values:
+        return one, other
+    return _broadcast(self, one, other)
 
 
 def _rounded(source: Any, from_type: Any, to_type: Any, mode: Any) -> Any:
@@ -52,5 +91,9 @@ def _exp2(self: Any, argument: Any) -> Any:
 
 
 interpreter.InterpretedFunction.__call__ = _call
+interpreter._get_np_dtype = _remembered_dtype
+tl.core.block_type.__init__ = _remembered_block_type
+tl.core.tensor.__init__ = _remembered_tensor
+semantic.TritonSemantic.broadcast_impl_value = _broadcast_unless_alike
 interpreter.InterpreterBuilder.create_exp2 = _exp2
 interpreter._convert_float = _rounded
