@@ -8,7 +8,8 @@
     columns      log Q of one cluster in one tile of columns
     large        the same for clusters of many rows, by several programs
     given        divergences where the centroids are given
-    forward      divergences of every row; the last program of a chunk and of the grid reduce them
+    forward      divergences of every row
+    finish       what the last program of a chunk, and that of the grid, make of them
     backward     the gradient
     centroids    the centroids themselves, as a result
 

@@ -38,7 +38,7 @@ from .blocks import (
 )
 from .columns import below_top, by_form, from_centre, logs, pulls, sums
 from .elementary import LOG2E, exponentials
-from .forward import MEAN, NONE, SPECTRUM, row_totals
+from .finish import MEAN, NONE, SPECTRUM, row_totals
 from .given import given_q, precise_ratios
 
 
