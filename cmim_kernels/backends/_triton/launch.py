@@ -57,10 +57,12 @@ class Launcher:
             *[x.bit_length() > 31 for x in rest if type(x) is int],
         )
         kernel = self.compiled.get(key)
-        if kernel is None:
-            self.compiled[key] = self.function[(programs,)](*tensors, **arguments, **OPTIONS)
-        else:
+        if kernel is not None:
             kernel[programs, 1, 1](*tensors, *rest)
+            return
+        made = self.function[(programs,)](*tensors, **arguments, **OPTIONS)
+        if hasattr(type(made), "__getitem__"):  # nothing from under a compilation hook, or a kernel's promise
+            self.compiled[key] = made
 
 
 @cache
