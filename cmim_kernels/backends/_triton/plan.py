@@ -115,7 +115,6 @@ class Plan(NamedTuple):
     saved: int  # words
 
 
-@lru_cache(maxsize=256)
 def make_plan(n: int, c: int, k: int, per_row: bool, given: bool) -> Plan:
     """The plan for logits (n, c), n > 0, and k temperatures.
 
@@ -155,6 +154,9 @@ def make_plan(n: int, c: int, k: int, per_row: bool, given: bool) -> Plan:
         slots=slots,
         saved=saved,
     )
+
+
+known_plan = lru_cache(maxsize=256)(make_plan)  # of sizes that are numbers, which a tracer's are not
 
 
 def next_power_of_two(x: int) -> int:
