@@ -27,7 +27,6 @@ from ._triton.plan import (
     Plan,
     Temperatures,
     interpreting,
-    known_plan,
     make_plan,
     next_power_of_two,
     table,
@@ -93,7 +92,7 @@ class _Call:
         self.n, self.c = logits.shape
         self.k = len(a)
         self.temperatures: Temperatures = temperatures(tuple(a), tuple(w))
-        self.plan: Plan = known_plan(self.n, self.c, self.k, per_row, given)
+        self.plan: Plan = make_plan(self.n, self.c, self.k, per_row, given)
         self.table = table(self.temperatures, logits.device)
         vec = vector(logits)
         self.shape = {"N": self.n, "C": self.c, "K": self.k, "VEC": vec, "col_stride": logits.stride(1)}

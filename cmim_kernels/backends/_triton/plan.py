@@ -156,9 +156,6 @@ def make_plan(n: int, c: int, k: int, per_row: bool, given: bool) -> Plan:
     )
 
 
-known_plan = lru_cache(maxsize=256)(make_plan)  # of sizes that are numbers, which a tracer's are not
-
-
 def next_power_of_two(x: int) -> int:
     power = 1
     while power < x:
