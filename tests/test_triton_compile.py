@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_offline import CASES, MI300, SHARED_LIMIT, Case, Launch, compiled, cuda, function_of, used
+from triton_offline import CASES, MI300, SHARED_LIMIT, Case, Launch, compiled, cuda, used
 
 import cmim_kernels as ck
 from cmim_kernels.backends import triton as backend
 from cmim_kernels.backends._triton import plan
+from cmim_kernels.backends._triton.launch import launcher
 from cmim_kernels.reference import MEAN, NONE, SPECTRUM
 
 pytestmark = pytest.mark.skipif(plan.interpreting(), reason="compiles what the interpreter replaces")
@@ -208,7 +209,7 @@ def test_no_kernel_specialises_on_its_integers() -> None:
     for case in [*CASES.values(), Case(8192, 1000)]:
         for launch in case.launches():
             types = dict(launch.signature)
-            for parameter in function_of(launch.kernel).params:
+            for parameter in launcher(launch.kernel).function.params:
                 if types[parameter.name].startswith("i"):
                     seen.add(parameter.name)
                     assert parameter.do_not_specialize, (launch.kernel, parameter.name)

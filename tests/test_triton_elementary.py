@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cmim_kernels.backends._triton import elementary
+from cmim_kernels.backends._triton.elementary import excess, expm1, log1p, power_of_two
 from cmim_kernels.backends._triton.plan import interpreting
 
 pytestmark = [
@@ -19,12 +19,6 @@ pytestmark = [
 ]
 
 POINTS = 4096  # of a block
-power_of_two, expm1, log1p, excess = (
-    elementary.power_of_two,
-    elementary.expm1,
-    elementary.log1p,
-    elementary.excess,
-)
 
 
 @triton.jit

@@ -8,13 +8,11 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cmim_kernels.backends import triton as backend
+from cmim_kernels.backends._triton.launch import launcher
 from cmim_kernels.backends._triton.plan import OPTIONS
 from cmim_kernels.reference import MEAN, NONE, SPECTRUM
 
@@ -63,14 +62,13 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
     launches: list[Launch] = []
 
     def record(self: Any, kernel: str, programs: int, *tensors: Tensor | None, **arguments: Any) -> None:
-        function = function_of(kernel)
-        names = list(inspect.signature(function.fn).parameters)
-        values = dict(zip(names, tensors, strict=False)) | self.shape | arguments
-        annotations = function.fn.__annotations__
+        known = launcher(kernel)
+        values = dict(zip(known.names, tensors, strict=False)) | self.shape | arguments
+        annotations = known.function.fn.__annotations__
         signature, constants = [], []
-        for name in names:
+        for name in known.names:
             value = values.pop(name)
-            if value is None or annotations.get(name) is tl.constexpr:
+            if value is None or name in known.constants:
                 signature.append((name, "constexpr"))
                 constants.append((name, value))
             elif isinstance(value, Tensor):
@@ -101,7 +99,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
     """Triton's kernel, every stage of it in `asm`, with pointers aligned as torch aligns them."""
     types = dict(launch.signature)
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
-    source = ASTSource(function_of(launch.kernel), types, dict(launch.constants), aligned)
+    source = ASTSource(launcher(launch.kernel).function, types, dict(launch.constants), aligned)
     options = dict(OPTIONS)
     if target.backend == "hip":
         del options["maxnreg"]
@@ -119,12 +117,6 @@ def used(kernel: Any) -> Usage:
         ).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return Usage(found["REG"], found["STACK"], found["LOCAL"], kernel.metadata.shared)
-
-
-def function_of(kernel: str) -> Any:
-    """The kernel that is called module.function in cmim_kernels.backends._triton."""
-    module, name = kernel.split(".")
-    return getattr(import_module(f"cmim_kernels.backends._triton.{module}"), name)
 
 
 class Case(NamedTuple):

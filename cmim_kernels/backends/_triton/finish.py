@@ -7,6 +7,7 @@ theirs. What the shares are, and why a divergence is put together as it is, is t
 import triton
 import triton.language as tl
 
+from ... import reference
 from .blocks import (
     COUNT,
     ENTROPY,
@@ -24,9 +25,9 @@ from .blocks import (
 )
 from .given import NEAR
 
-NONE = tl.constexpr(0)
-MEAN = tl.constexpr(1)
-SPECTRUM = tl.constexpr(3)
+NONE = tl.constexpr(reference.NONE)
+MEAN = tl.constexpr(reference.MEAN)
+SPECTRUM = tl.constexpr(reference.SPECTRUM)
 TOTALS = tl.constexpr(3)  # of a chunk after its KC divergences: cross entropy, class weights, kept rows
 
 
@@ -153,7 +154,6 @@ def finish(
     value,
     N,
     K,
-    tiles,
     ce_weight,
     cmi_weight,
     REDUCTION: tl.constexpr,

@@ -236,6 +236,6 @@ def forward_kernel(
             tl.debug_barrier()
             if tl.atomic_add(counters, 1, sem="acq_rel") == chunks - 1:
                 finish(
-                    table, saved, totals, chunks, value, N, K, tiles, ce_weight, cmi_weight, REDUCTION, HAS_CE,
-                    HAS_CMI, KC, FR,
+                    table, saved, totals, chunks, value, N, K, ce_weight, cmi_weight, REDUCTION, HAS_CE, HAS_CMI,
+                    KC, FR,
                 )  # fmt: skip

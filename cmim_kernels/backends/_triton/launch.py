@@ -7,7 +7,6 @@ kernel specialises on its integers: constants, types, and whether pointers are a
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -27,11 +26,10 @@ class Launcher:
     def __init__(self, kernel: str) -> None:
         module, name = kernel.split(".")
         self.function = getattr(import_module(f"{__package__}.{module}"), name)
-        # By name, so that Triton need not be imported for it: the interpreter has functions of its own.
-        self.names = list(inspect.signature(self.function.fn).parameters)
-        annotations = self.function.fn.__annotations__
-        self.constants = [n for n in self.names if getattr(annotations.get(n), "__name__", "") == "constexpr"]
-        # AMD's backend asks more of a pointer, and the interpreter compiles nothing.
+        self.names: list[str] = self.function.arg_names
+        # Those that machine code is made for; the interpreter makes none, and does not know them.
+        self.constants = [] if interpreting() else [p.name for p in self.function.params if p.is_constexpr]
+        # AMD's backend asks more of a pointer.
         self.keeps = torch.version.hip is None and not interpreting()
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
