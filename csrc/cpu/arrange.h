@@ -37,6 +37,8 @@ Groups group(const Request& q) {
     g.rows.push_back(i);
   }
   const auto label_of = [&](int64_t row) { return q.target[row * q.target_stride]; };
+  const size_t most = size_t(std::min(q.rows, q.classes));
+  g.labels.reserve(most), g.begin.reserve(most + 1);
   if (q.classes <= 4 * q.rows + 1024) {  // counting sort
     std::vector<int64_t> start(size_t(q.classes) + 1, 0);
     for (int64_t row : g.rows) ++start[size_t(label_of(row)) + 1];
@@ -77,8 +79,10 @@ Grid make_grid(const Request& q) {
   const size_t K = q.a.size();
   g.order.resize(K);
   std::iota(g.order.begin(), g.order.end(), 0);
-  std::stable_sort(g.order.begin(), g.order.end(),
-                   [&](int x, int y) { return q.a[size_t(x)] < q.a[size_t(y)]; });
+  const auto before = [&](int x, int y) { return q.a[size_t(x)] < q.a[size_t(y)]; };
+  if (!std::is_sorted(g.order.begin(), g.order.end(), before))  // sorting takes memory
+    std::stable_sort(g.order.begin(), g.order.end(), before);
+  g.a.reserve(K), g.w.reserve(K), g.multiple.reserve(K);
   for (int k : g.order) g.a.push_back(q.a[size_t(k)]), g.w.push_back(q.w[size_t(k)]);
   const auto same = [](double x, double y) {
     return std::abs(x - y) <= 4 * std::numeric_limits<double>::epsilon() * y;

@@ -12,11 +12,14 @@
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
-constexpr int kTileVectors = 16;  // columns of a tile, fewer where many rows share the first-level cache
+// Columns of a tile, fewer where many rows share the first-level cache. By bytes: what each row of a tile
+// takes beside its vectors is the same for narrow ones.
+constexpr int kTileVectors = 1024 / kVectorBytes;
 constexpr int64_t kTileBytes = 32 << 10;
 constexpr int kSumBlock =
     32;  // rows summed before their sum joins the centroid's: rounding does not build up
-constexpr int kFlushTiles = 16;  // sums in lanes of T go over to double this often, whatever C
+constexpr int kFlushTiles =
+    kFlushVectors / kTileVectors;  // sums in lanes of T go over to double this often, whatever C
 constexpr int64_t kStoredBytes = int64_t(1) << 20;  // about a core's second-level cache
 
 template <int N>

@@ -93,17 +93,21 @@ struct Wide : RowSums<T, kPerRow> {
           if constexpr (kGiven) {
             for (int k = 0; k < N; ++k) mean[k] = given(k0 + k, j);
           } else {
-            for (int64_t i0 = 0; i0 < n; i0 += kSumBlock) {
-              V part[N] = {}, part_up[N] = {};
-              for (int64_t i = i0; i < n && i < i0 + kSumBlock; ++i) {
+            const auto add_rows = [&](int64_t i, V(&sum)[N], V(&sum_up)[N]) CMIM_INLINE_LAMBDA {
+              for (const int64_t block_end = i + kSumBlock < n ? i + kSumBlock : n; i < block_end; ++i) {
                 auto ex = Exponentials<kSource, T>{from + i * row_stride, first + i * Cp, ak}.at(
                     this->template column<kSource>(j), j);
                 for (int k = 0; k < N; ++k) {
                   const V e = ex.at(k);
-                  part[k] += e * mix[i * K + k0 + k];
-                  if constexpr (kPerRow) part_up[k] += e * mix_up[i * K + k0 + k];
+                  sum[k] += e * mix[i * K + k0 + k];
+                  if constexpr (kPerRow) sum_up[k] += e * mix_up[i * K + k0 + k];
                 }
               }
+            };
+            add_rows(0, mean, weighted);
+            for (int64_t i0 = kSumBlock; i0 < n; i0 += kSumBlock) {
+              V part[N] = {}, part_up[N] = {};
+              add_rows(i0, part, part_up);
               for (int k = 0; k < N; ++k) {
                 mean[k] += part[k];
                 if constexpr (kPerRow) weighted[k] += part_up[k];
