@@ -47,7 +47,7 @@ struct LabelColumn {
 
   // sums (K): S_k; s_ce: the same at temperature 1, where that is none of them. kApart: both lack the label
   // and get it here. Returns 1 / S_k (K).
-  const double* set_row(int64_t i, double top, double floor, double* sums, double& s_ce) {
+  CMIM_INLINE const double* set_row(int64_t i, double top, double floor, double* sums, double& s_ce) {
     // of the exponential's series: a relative error of 1e-11 in float, which x = 0 does not have
     constexpr int kTerms = kApart ? 7 : 12;
     const int64_t row = cluster.rows[i];

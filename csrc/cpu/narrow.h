@@ -51,8 +51,8 @@ struct Narrow : Centre<kSource> {
     layout.take(widest, tiles), layout.take(acc, n * K), layout.take(sum, n * K);
     layout.take(pbar, slots * K * kStride), layout.take(L, slots * K * kStride);
   }
-  void clear_sums(int64_t i) {
-    for (int64_t at = i * K; at < (i + 1) * K; ++at) acc[at] = V{}, sum[at] = 0;
+  void clear_sums(Span rows) {
+    for (int64_t at = rows.begin * K; at < rows.end * K; ++at) acc[at] = V{}, sum[at] = 0;
   }
 
   void mean_tile(int64_t tile) {
@@ -68,25 +68,27 @@ struct Narrow : Centre<kSource> {
   }
 
   template <int kOrder>
-  void row_sums(int64_t i, int64_t tile) {
+  void row_sums(Span rows, int64_t tile) {
     const int64_t begin = tile * cols, end = this->end_of(tile);
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       const float* const from = table(pbar, k0, tile);
-      V s[N];
-      for (int k = 0; k < N; ++k) s[k] = acc[i * K + k0 + k];
-      for (int64_t j = begin; j < end; j += W) {
-        V v[N];
-        this->template expm1_of<N, kOrder>(i, k0, j, v);
-        for (int k = 0; k < N; ++k) s[k] += load<V>(from + k * kStride + j) * v[k];
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        V s[N];
+        for (int k = 0; k < N; ++k) s[k] = acc[i * K + k0 + k];
+        for (int64_t j = begin; j < end; j += W) {
+          V v[N];
+          this->template expm1_of<N, kOrder>(i, k0, j, v);
+          for (int k = 0; k < N; ++k) s[k] += load<V>(from + k * kStride + j) * v[k];
+        }
+        for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = s[k];
       }
-      for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = s[k];
     });
-    flush_after(i, tile);
+    flush_after(rows, tile);
   }
 
-  void flush_after(int64_t i, int64_t tile) {
-    if (tile % kFlushTiles == kFlushTiles - 1 || tile == tiles - 1) this->flush(i, acc, sum);
+  void flush_after(Span rows, int64_t tile) {
+    if (tile % kFlushTiles == kFlushTiles - 1 || tile == tiles - 1) this->flush(rows, acc, sum);
   }
 
   // Everything of a row that follows from its sums s. False: outside log1p_small's range.
@@ -148,63 +150,67 @@ struct Narrow : Centre<kSource> {
   }
 
   template <int kOrder>
-  void accumulate(int64_t i, int64_t tile) {
+  void accumulate(Span rows, int64_t tile) {
     const int64_t begin = tile * cols, end = this->end_of(tile);
-    const float* const x = X + i * Cp;
-    float *const e = E + i * Cp, *const g_to = G + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const float* const l = table(L, k0, tile);
+      const float *const l = table(L, k0, tile), *const mean_of = table(pbar, k0, tile);
       const int p = job.power0 + k0;
-      V kl[N];
-      float ak[N], scale[N], shift[N];
-      for (int k = 0; k < N; ++k) {
-        kl[k] = acc[i * K + k0 + k], ak[k] = a[k0 + k];
-        scale[k] = c[i * K + k0 + k], shift[k] = off[i * K + k0 + k];
-      }
-      const float* const mean_of = table(pbar, k0, tile);
-      for (int64_t j = begin; j < end; j += W) {
-        const V d = load<V>(x + j);
-        V g = k0 == 0 ? V{} : load<V>(g_to + j);
-        if (kChain && k0 == 0) {
-          const V mean = load<V>(ebar + j);
-          store(e + j, load<V>(e + j) * mean + mean);
-        }
-        V powers[N];
-        if constexpr (kChain) {
-          const V one = load<V>(e + j);
-          PowerChain<float> ex(one, power<float>(one, p));
-          for (int k = 0; k < N; ++k) powers[k] = ex.at(k);
-        } else {
-          this->template expm1_of<N, kOrder>(i, k0, j, powers);
-          for (int k = 0; k < N; ++k) {
-            const V mean = load<V>(mean_of + k * kStride + j);
-            powers[k] = powers[k] * mean + mean;
-          }
-        }
+      float ak[N];
+      for (int k = 0; k < N; ++k) ak[k] = a[k0 + k];
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const float* const x = X + i * Cp;
+        float *const e = E + i * Cp, *const g_to = G + i * Cp;
+        V kl[N];
+        float scale[N], shift[N];
         for (int k = 0; k < N; ++k) {
-          const V t = (ak[k] * d - shift[k]) - load<V>(l + k * kStride + j);
-          const V pt = powers[k] * t;
-          g += scale[k] * pt;
-          kl[k] += pt * psi_ratio<kOrder>(t);
+          kl[k] = acc[i * K + k0 + k];
+          scale[k] = c[i * K + k0 + k], shift[k] = off[i * K + k0 + k];
         }
-        store(g_to + j, g);
+        for (int64_t j = begin; j < end; j += W) {
+          const V d = load<V>(x + j);
+          V g = k0 == 0 ? V{} : load<V>(g_to + j);
+          if (kChain && k0 == 0) {
+            const V mean = load<V>(ebar + j);
+            store(e + j, load<V>(e + j) * mean + mean);
+          }
+          V powers[N];
+          if constexpr (kChain) {
+            const V one = load<V>(e + j);
+            PowerChain<float> ex(one, power<float>(one, p));
+            for (int k = 0; k < N; ++k) powers[k] = ex.at(k);
+          } else {
+            this->template expm1_of<N, kOrder>(i, k0, j, powers);
+            for (int k = 0; k < N; ++k) {
+              const V mean = load<V>(mean_of + k * kStride + j);
+              powers[k] = powers[k] * mean + mean;
+            }
+          }
+          for (int k = 0; k < N; ++k) {
+            const V t = (ak[k] * d - shift[k]) - load<V>(l + k * kStride + j);
+            const V pt = powers[k] * t;
+            g += scale[k] * pt;
+            kl[k] += pt * psi_ratio<kOrder>(t);
+          }
+          store(g_to + j, g);
+        }
+        for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = kl[k];
       }
-      for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = kl[k];
     });
-    flush_after(i, tile);
+    flush_after(rows, tile);
   }
 
-  // The row's KL, in the place of its sum, and q, what P_k is multiplied by in the gradient
-  void finish_row(int64_t i) {
-    double* const kl = sum + i * K;
-    by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(width)::value;
-      const auto value = doubles<N>(kl + k0) * doubles<N>(r + i * K + k0);
-      store_doubles<N>(q + i * K + k0, doubles<N>(c + i * K + k0) * value);
-      store_doubles<N>(kl + k0, value);
-    });
-    this->report(i, kl);
+  // The rows' KL, in the place of their sums, and q, what P_k is multiplied by in the gradient
+  void finish_rows(Span rows) {
+    for (int64_t i = rows.begin; i < rows.end; ++i)
+      by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
+        constexpr int N = decltype(width)::value;
+        const int64_t at = i * K + k0;
+        const auto value = doubles<N>(sum + at) * doubles<N>(r + at);
+        store_doubles<N>(q + at, doubles<N>(c + at) * value);
+        store_doubles<N>(sum + at, value);
+      });
+    this->report(rows, sum);
   }
 
   // The gradient at the label, before anything is taken off G
@@ -239,20 +245,22 @@ struct Narrow : Centre<kSource> {
 
   // G less sum_k q_k P_k / r_k, one tile: direct
   template <int kOrder>
-  void subtract_mean(int64_t i, int64_t tile) {
+  void subtract_mean(Span rows, int64_t tile) {
     const int64_t begin = tile * cols, end = this->end_of(tile);
-    float* const g = G + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       const float* const mean_of = table(pbar, k0, tile);
-      for (int64_t j = begin; j < end; j += W) {
-        V v[N], value = load<V>(g + j);
-        this->template expm1_of<N, kOrder>(i, k0, j, v);
-        for (int k = 0; k < N; ++k) {
-          const V mean = load<V>(mean_of + k * kStride + j);
-          value -= q[i * K + k0 + k] * (v[k] * mean + mean);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        float* const g = G + i * Cp;
+        for (int64_t j = begin; j < end; j += W) {
+          V v[N], value = load<V>(g + j);
+          this->template expm1_of<N, kOrder>(i, k0, j, v);
+          for (int k = 0; k < N; ++k) {
+            const V mean = load<V>(mean_of + k * kStride + j);
+            value -= q[i * K + k0 + k] * (v[k] * mean + mean);
+          }
+          store(g + j, value);
         }
-        store(g + j, value);
       }
     });
   }
@@ -292,14 +300,14 @@ struct Narrow : Centre<kSource> {
   template <int kOrder>
   bool finish(const Team& team, float most) {
     this->by_tile(
-        team, [&](int64_t t) { mean_tile(t); }, [&](int64_t i, int64_t t) { row_sums<kOrder>(i, t); });
+        team, [&](int64_t t) { mean_tile(t); }, [&](Span rows, int64_t t) { row_sums<kOrder>(rows, t); });
     if (!finish_sums()) return false;
     const auto prepare = [&](int64_t t) {
       if (!kChain && slots == 1) mean_tile(t);
     };
     this->by_tile(
         team, [&](int64_t t) { prepare(t), centroid<kOrder>(t); },
-        [&](int64_t i, int64_t t) { accumulate<kOrder>(i, t); });
+        [&](Span rows, int64_t t) { accumulate<kOrder>(rows, t); });
     if (kOrder == 8) {
       for (int64_t at = 0; at < n * K; ++at) {
         const float bound = off[at] < 0 ? -off[at] : off[at];
@@ -308,12 +316,12 @@ struct Narrow : Centre<kSource> {
       for (int64_t t = 0; t < tiles; ++t)
         if (!(widest[t] + most + 0.2f <= 1.5f)) return false;
     }
-    each(team, n, [&](int64_t i) { finish_row(i); });
+    this->by_block(team, [&](Span rows) { finish_rows(rows); });
     if (!job.grad) return true;
     double* const at_label = sum;  // (n): KL has been reported
     for (int64_t i = 0; i < n; ++i) at_label[i] = label_entry(i);
     if constexpr (!kChain)
-      this->by_tile(team, prepare, [&](int64_t i, int64_t t) { subtract_mean<kOrder>(i, t); });
+      this->by_tile(team, prepare, [&](Span rows, int64_t t) { subtract_mean<kOrder>(rows, t); });
     each(team, n, [&](int64_t i) {
       if constexpr (kChain) subtract_powers(i);
       write(i, at_label[i]);
@@ -327,7 +335,7 @@ struct Narrow : Centre<kSource> {
     each(team, n, [&](int64_t i) { from[i] = row_values(job, cluster.rows[i], X + i * Cp); });
     each(team, tiles, [&](int64_t t) { this->mean_logits(t); });
     this->mean_softmax();
-    each(team, n, [&](int64_t i) { this->centre(i), clear_sums(i); });
+    each(team, n, [&](int64_t i) { this->centre(i), clear_sums({i, i + 1}); });
     float reach = 0;
     for (int64_t i = 0; i < n; ++i) reach = spread[i] > reach ? spread[i] : reach;
     const float most = a[K - 1] * reach;

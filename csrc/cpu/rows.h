@@ -164,6 +164,12 @@ void each(const Team& team, int64_t count, F&& f) {
     for (int64_t i = 0; i < count; ++i) f(i);
 }
 
+// Rows [begin, end) of a cluster. Passes take several at a time: what is the same for all of them, many
+// pointers and the coefficients of the temperatures, costs as much as a row of ten classes.
+struct Span {
+  int64_t begin, end;
+};
+
 template <class T>
 struct Rows {
   using V = Vec<T>;
@@ -217,32 +223,42 @@ struct Rows {
     layout.take(a, K), layout.take(r_ce, n);
   }
 
-  // f(tile) prepares what g(row, tile) uses. Alone, a thread has one tile at a time in its first-level cache;
-  // a team prepares all of them first.
+  // f(tile) prepares what g(span of rows, tile) uses. Alone, a thread has one tile at a time in its
+  // first-level cache; a team prepares all of them first.
   template <class F, class H>
   void by_tile(const Team& team, F&& f, H&& g) {
     if (team.run) {
       each(team, tiles, [&](int64_t t) { f(t); });
       each(team, n, [&](int64_t i) {
-        for (int64_t t = 0; t < tiles; ++t) g(i, t);
+        for (int64_t t = 0; t < tiles; ++t) g(Span{i, i + 1}, t);
       });
     } else {
       for (int64_t t = 0; t < tiles; ++t) {
         f(t);
-        for (int64_t i = 0; i < n; ++i) g(i, t);
+        g(Span{0, n}, t);
       }
     }
+  }
+  // f(span of rows), of as many as the first-level cache keeps two arrays (n, Cp) of
+  template <class F>
+  void by_block(const Team& team, F&& f) {
+    constexpr int64_t kBytes = 16 << 10;
+    const int64_t rows = kBytes / (2 * Cp * int64_t(sizeof(T))), block = rows < 1 ? 1 : rows < n ? rows : n;
+    each(team, (n + block - 1) / block,
+         [&](int64_t b) { f(Span{b * block, (b + 1) * block < n ? (b + 1) * block : n}); });
   }
   int64_t end_of(int64_t tile) const { return (tile + 1) * cols < Cp ? (tile + 1) * cols : Cp; }
 
   // sums (n, K) += the lanes of `of` (n, K), which are zero afterwards
-  void flush(int64_t i, V* of, double* sums) const {
+  void flush(Span rows, V* of, double* sums) const {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const int64_t at = i * K + k0;
-      V lanes[N];
-      for (int k = 0; k < N; ++k) lanes[k] = of[at + k], of[at + k] = V{};
-      add_lanes<T, N>(lanes, sums + at);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const int64_t at = i * K + k0;
+        V lanes[N];
+        for (int k = 0; k < N; ++k) lanes[k] = of[at + k], of[at + k] = V{};
+        add_lanes<T, N>(lanes, sums + at);
+      }
     });
   }
 
@@ -265,17 +281,20 @@ struct Rows {
         job.has_ce ? row_entropy_value(job, cluster.rows[i], cluster.label, log_sum, top) : 0;
   }
 
-  // kl (K): the row's divergences
-  void report(int64_t i, const double* kl) const {
-    const int64_t at = cluster.position + i;
-    if (job.row_cmi) {
-      double total = 0;
-      for (int k = 0; k < K; ++k) total += job.w[k] * kl[k];
-      job.row_cmi[at] = job.carried ? job.row_cmi[at] + total : total;
+  // divergences (n, K)
+  void report(Span rows, const double* divergences) const {
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      const double* const kl = divergences + i * K;
+      const int64_t at = cluster.position + i;
+      if (job.row_cmi) {
+        double total = 0;
+        for (int k = 0; k < K; ++k) total += job.w[k] * kl[k];
+        job.row_cmi[at] = job.carried ? job.row_cmi[at] + total : total;
+      }
+      if (job.kl)
+        for (int k = 0; k < K; ++k)
+          if (job.order[k] >= 0) job.kl[at * job.kl_stride + job.order[k]] = kl[k];
     }
-    if (job.kl)
-      for (int k = 0; k < K; ++k)
-        if (job.order[k] >= 0) job.kl[at * job.kl_stride + job.order[k]] = kl[k];
   }
 };
 

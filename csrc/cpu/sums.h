@@ -69,111 +69,113 @@ struct RowSums : Rows<T> {
     label.fill([&](int k) { return kCareful ? job.a[k] : double(a[k]) / unit; });
   }
 
-  // Rows that are prepared together. Step by step for all of them, so that no row waits for the end of
-  // another's steps, each of which ends in a chain of operations that use each other's results.
-  int64_t block_rows() const {
-    constexpr int64_t kBytes = 16 << 10;
-    const int64_t rows = kBytes / (2 * Cp * int64_t(sizeof(T)));
-    return rows < 1 ? 1 : rows < n ? rows : n;
-  }
+  // Step by step for all rows of a block, so that no row waits for the end of another's steps, each of which
+  // ends in a chain of operations that use each other's results.
   template <Source kSource>
   void prepare(const Team& team) {
-    const int64_t block = block_rows();
-    each(team, (n + block - 1) / block, [&](int64_t b) {
-      const int64_t begin = b * block, end = begin + block < n ? begin + block : n;
-      for (int64_t i = begin; i < end; ++i)
+    this->by_block(team, [&](Span rows) {
+      for (int64_t i = rows.begin; i < rows.end; ++i)
         tops[i] = largest(row_values(job, cluster.rows[i], X + i * Cp), C);
-      for (int64_t i = begin; i < end; ++i)
-        this->own_ce() ? exponentials<kSource, true>(i) : exponentials<kSource, false>(i);
-      for (int64_t i = begin; i < end; ++i) sum_row<kSource>(i);
-      for (int64_t i = begin; i < end; ++i) this->flush(i, acc, off);
-      for (int64_t i = begin; i < end; ++i) scales<kSource>(i);
+      this->own_ce() ? exponentials<kSource, true>(rows) : exponentials<kSource, false>(rows);
+      sum_rows<kSource>(rows);
+      this->flush(rows, acc, off);
+      scales<kSource>(rows);
     });
   }
 
   // X, E of a chain, and `one` with its sum where kOwn
   template <Source kSource, bool kOwn>
-  void exponentials(int64_t i) {
-    T *const x = X + i * Cp, *const e = E + i * Cp, *const at_one = one + i * Cp;
-    const T top = tops[i], base = T(job.base * kUnit<T, kSource>), floor = this->floor;
-    RowSum<T> sum;
-    each_vector(row_place(job, cluster.rows[i], x), C, [&](int64_t j, V v) CMIM_INLINE_LAMBDA {
-      v = at_least(v - top, floor);
-      store(x + j, v);
-      if constexpr (kSource == Source::chain) store(e + j, exp_nonpositive(base * v));
-      if constexpr (kOwn) {
-        if constexpr (!kCareful) v = with_entry(v, cluster.label - j, floor);
-        const V of_one = exp_nonpositive(v);
-        store(at_one + j, of_one);
-        sum.add(j, of_one);
+  void exponentials(Span rows) {
+    const T base = T(job.base * kUnit<T, kSource>), floor = this->floor;
+    const int64_t C = this->C, Cp = this->Cp, label = cluster.label;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      T *const x = X + i * Cp, *const e = E + i * Cp, *const at_one = one + i * Cp;
+      const T top = tops[i];
+      RowSum<T> sum;
+      each_vector(row_place(job, cluster.rows[i], x), C, [&](int64_t j, V v) CMIM_INLINE_LAMBDA {
+        v = at_least(v - top, floor);
+        store(x + j, v);
+        if constexpr (kSource == Source::chain) store(e + j, exp_nonpositive(base * v));
+        if constexpr (kOwn) {
+          if constexpr (!kCareful) v = with_entry(v, label - j, floor);
+          const V of_one = exp_nonpositive(v);
+          store(at_one + j, of_one);
+          sum.add(j, of_one);
+        }
+      });
+      if constexpr (kOwn) sums_one[i] = sum.value();
+      if constexpr (!kCareful) {
+        set_entry(x, label, floor);
+        if constexpr (kSource == Source::chain) set_entry(e, label, T(0));
       }
-    });
-    if constexpr (kOwn) sums_one[i] = sum.value();
-    if constexpr (!kCareful) {
-      set_entry(x, cluster.label, floor);
-      if constexpr (kSource == Source::chain) set_entry(e, cluster.label, T(0));
     }
     if constexpr (kSource == Source::chain)
       by_chunk(K, [&](auto, int k0) CMIM_INLINE_LAMBDA {
-        T* const first = first_of<kSource>(k0) + i * Cp;
-        if (first == e) return;
-        for (int64_t j = 0; j < Cp; j += W) store(first + j, exp_nonpositive(a[k0] * load<V>(x + j)));
+        T* const first = first_of<kSource>(k0);
+        if (first == E) return;
+        for (int64_t j = rows.begin * Cp; j < rows.end * Cp; j += W)
+          store(first + j, exp_nonpositive(a[k0] * load<V>(X + j)));
       });
   }
 
   // acc, and off for what does not fit there
   template <Source kSource>
-  void sum_row(int64_t i) {
-    const T *const x = X + i * Cp, *const e = E + i * Cp;
+  void sum_rows(Span rows) {
     if constexpr (kSource == Source::stored) {  // here, so that one pass makes them and adds them up
       const T base = T(job.base * kUnit<T, kSource>);
       if (job.multiple)
-        sum_exponentials<kSource>(i, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
-          return Powers<T>(x + j, base, a + k0, job.multiple + k0);
+        sum_exponentials<kSource>(rows, [=](int64_t at, int k0) CMIM_INLINE_LAMBDA {
+          return Powers<T>(X + at, base, a + k0, job.multiple + k0);
         });
       else
-        sum_exponentials<kSource>(i, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
-          return Exponentials<Source::direct, T>{x, x, a + k0}.at(j, j);
+        sum_exponentials<kSource>(rows, [=](int64_t at, int k0) CMIM_INLINE_LAMBDA {
+          return Exponentials<Source::direct, T>{X, X, a + k0}.at(at, at);
         });
     } else {
-      sum_exponentials<kSource>(i, [=](int64_t j, int k0) CMIM_INLINE_LAMBDA {
-        return Exponentials<kSource, T>{e, this->template first_of<kSource>(k0) + i * Cp, a + k0}.at(j, j);
+      sum_exponentials<kSource>(rows, [=](int64_t at, int k0) CMIM_INLINE_LAMBDA {
+        return Exponentials<kSource, T>{E, this->template first_of<kSource>(k0), a + k0}.at(at, at);
       });
     }
   }
 
-  // make(j, k0) gives the exponentials of a chunk; stored ones are kept in E.
+  // make(place in (n, Cp), k0) gives the exponentials of a chunk; stored ones are kept in E.
   template <Source kSource, class F>
-  CMIM_INLINE void sum_exponentials(int64_t i, F&& make) {
+  CMIM_INLINE void sum_exponentials(Span rows, F&& make) {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const int64_t at = i * K + k0;
-      for (int k = 0; k < N; ++k) off[at + k] = 0;
-      T* const keep = this->template place_of<kSource>(i, k0);
-      const int64_t most = cols * kFlushTiles;
-      V s[N] = {};
-      for (int64_t j0 = 0; j0 < Cp; j0 += most) {
-        if (j0 > 0) {
-          add_lanes<T, N>(s, off + at);
-          for (V& of : s) of = V{};
-        }
-        for (int64_t j = j0; j < Cp && j < j0 + most; j += W) {
-          const int64_t place = this->template column<kSource>(j);
-          auto ex = make(j, k0);
-          for (int k = 0; k < N; ++k) {
-            const V e = ex.at(k);
-            s[k] += e;
-            if constexpr (kSource == Source::stored) store(keep + place + k * W, e);
+      const int64_t most = cols * kFlushTiles, Cp = this->Cp, K = this->K;
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const int64_t at = i * K + k0;
+        for (int k = 0; k < N; ++k) off[at + k] = 0;
+        T* const keep = this->template place_of<kSource>(i, k0);
+        V s[N] = {};
+        for (int64_t j0 = 0; j0 < Cp; j0 += most) {
+          if (j0 > 0) {
+            add_lanes<T, N>(s, off + at);
+            for (V& of : s) of = V{};
+          }
+          for (int64_t j = j0; j < Cp && j < j0 + most; j += W) {
+            const int64_t place = this->template column<kSource>(j);
+            auto ex = make(i * Cp + j, k0);
+            for (int k = 0; k < N; ++k) {
+              const V e = ex.at(k);
+              s[k] += e;
+              if constexpr (kSource == Source::stored) store(keep + place + k * W, e);
+            }
           }
         }
+        for (int k = 0; k < N; ++k) acc[at + k] = s[k];
       }
-      for (int k = 0; k < N; ++k) acc[at + k] = s[k];
     });
   }
 
-  // What follows from the sums of a row
+  // What follows from the sums of the rows
   template <Source kSource>
-  void scales(int64_t i) {
+  void scales(Span rows) {
+    for (int64_t i = rows.begin; i < rows.end; ++i) scales<kSource>(i);
+  }
+  template <Source kSource>
+  CMIM_INLINE void scales(int64_t i) {
     double* const sums = off + i * K;  // their place until centre()
     double s_ce = this->own_ce() ? sums_one[i] : 0;
     const double* const inverse = label.set_row(i, double(tops[i]), double(floor), sums, s_ce);

@@ -2,10 +2,10 @@
 //
 //   prepare()            X = z - max z, E = exp(base X), S_k = sum exp(a_k X), the cross entropy
 //   centroid(tile)       L_k = log Q_k, shifted by the mean over the rows of log S_k, which keeps t small
-//   accumulate(row)      t = a_k X - L_k = log(P/Q) up to a constant of the row;  H_k = sum_j P t;
+//   accumulate(rows)     t = a_k X - L_k = log(P/Q) up to a constant of the row;  H_k = sum_j P t;
 //                        G = sum_k c_k P t
 //   divergences()        KL_k from H_k
-//   write(row)           G - sum_k c_k H_k P_k, and the cross entropy's gradient
+//   write(rows)          G - sum_k c_k H_k P_k, and the cross entropy's gradient
 //
 // A constant of the row added to t changes H_k, but not t - H_k, so the gradient does not need it. Columns go
 // by in tiles that stay in the first-level cache between centroid and accumulate. G and what is taken from it
@@ -64,8 +64,8 @@ struct Wide : RowSums<T, kPerRow> {
     layout.take(rho, kPerRow ? slots * K * kStride : 0);
     layout.take(G, job.grad ? chunks_before(K, K) * n * Cp : 0);
   }
-  void clear_sums(int64_t i) {
-    for (int64_t at = i * K; at < (i + 1) * K; ++at) {
+  void clear_sums(Span rows) {
+    for (int64_t at = rows.begin * K; at < rows.end * K; ++at) {
       h_sum[at] = 0;
       if constexpr (kCareful) kl_acc[at] = V{}, kl_sum[at] = 0;
     }
@@ -146,57 +146,61 @@ struct Wide : RowSums<T, kPerRow> {
   }
 
   template <Source kSource>
-  void accumulate(int64_t i, int64_t tile) {
+  void accumulate(Span rows, int64_t tile) {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      const int64_t at = i * K + k0;
-      V h[N] = {}, kl[N] = {};  // sums of this tile, apart: fewer additions to a large sum
-      T scale[N], ak[N], constant[N], probability[N];
-      for (int k = 0; k < N; ++k) {
-        scale[k] = c[at + k], ak[k] = a[k0 + k];
-        if constexpr (kCareful) constant[k] = T(off[at + k]), probability[k] = r[at + k];
-      }
-      const T* const x = X + i * Cp;
-      const T* const from = this->template place_of<kSource>(i, k0);
+      const int64_t Cp = this->Cp, K = this->K, begin = tile * cols, end = this->end_of(tile);
+      T ak[N];
+      for (int k = 0; k < N; ++k) ak[k] = a[k0 + k];
       const T *const l = table(L, k0, tile), *const mean_of = table(Q, k0, tile);
       const T* const rho_of = table(rho, k0, tile);
-      T* const g_to = part_of(i, k0);
-      const T* const first = this->template first_of<kSource>(k0) + i * Cp;
-      const T gain = up[i];
-      const int64_t end = this->end_of(tile);
       const bool wanted = job.grad;
-      for (int64_t j = tile * cols; j < end; j += W) {
-        const V v = load<V>(x + j);
-        auto ex = Exponentials<kSource, T>{from, first, ak}.at(this->template column<kSource>(j), j);
-        SumOfProducts<T, N> g;
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const int64_t at = i * K + k0;
+        V h[N] = {}, kl[N] = {};  // sums of this tile, apart: fewer additions to a large sum
+        T scale[N], constant[N], probability[N];
         for (int k = 0; k < N; ++k) {
-          const V e = ex.at(k);
-          V t = ak[k] * v - load<V>(l + k * kStride + j);
-          if constexpr (kCareful) {
-            t -= constant[k];
-            const V mean = load<V>(mean_of + k * kStride + j), prob = e * probability[k];
-            const V positive = mean * psi(t, prob / mean);
-            // P = 0 contributes Q; with a given Q = 0 under P > 0 the divergence is infinite
-            kl[k] += prob == T(0) ? mean : mean == T(0) ? splat(T(__builtin_inf())) : positive;
-          }
-          if constexpr (kPerRow) t = gain * t - load<V>(rho_of + k * kStride + j);
-          V pt = e * t;
-          if constexpr (kGiven) pt = e == T(0) ? V{} : pt;
-          h[k] += pt;
-          g.add(k, scale[k], pt);
+          scale[k] = c[at + k];
+          if constexpr (kCareful) constant[k] = T(off[at + k]), probability[k] = r[at + k];
         }
-        if (wanted) store(g_to + j, g.total());
-      }
-      for (int k = 0; k < N; ++k) {
-        acc[at + k] += h[k];
-        if constexpr (kCareful) kl_acc[at + k] += kl[k];
+        const T* const x = X + i * Cp;
+        const T* const from = this->template place_of<kSource>(i, k0);
+        const T* const first = this->template first_of<kSource>(k0) + i * Cp;
+        T* const g_to = part_of(i, k0);
+        const T gain = up[i];
+        for (int64_t j = begin; j < end; j += W) {
+          const V v = load<V>(x + j);
+          auto ex = Exponentials<kSource, T>{from, first, ak}.at(this->template column<kSource>(j), j);
+          SumOfProducts<T, N> g;
+          for (int k = 0; k < N; ++k) {
+            const V e = ex.at(k);
+            V t = ak[k] * v - load<V>(l + k * kStride + j);
+            if constexpr (kCareful) {
+              t -= constant[k];
+              const V mean = load<V>(mean_of + k * kStride + j), prob = e * probability[k];
+              const V positive = mean * psi(t, prob / mean);
+              // P = 0 contributes Q; with a given Q = 0 under P > 0 the divergence is infinite
+              kl[k] += prob == T(0) ? mean : mean == T(0) ? splat(T(__builtin_inf())) : positive;
+            }
+            if constexpr (kPerRow) t = gain * t - load<V>(rho_of + k * kStride + j);
+            V pt = e * t;
+            if constexpr (kGiven) pt = e == T(0) ? V{} : pt;
+            h[k] += pt;
+            g.add(k, scale[k], pt);
+          }
+          if (wanted) store(g_to + j, g.total());
+        }
+        for (int k = 0; k < N; ++k) {
+          acc[at + k] += h[k];
+          if constexpr (kCareful) kl_acc[at + k] += kl[k];
+        }
       }
     });
-    if (tile % kFlushTiles == kFlushTiles - 1) flush_row(i);
+    if (tile % kFlushTiles == kFlushTiles - 1) flush_rows(rows);
   }
-  void flush_row(int64_t i) {
-    this->flush(i, acc, h_sum);
-    if constexpr (kCareful) this->flush(i, kl_acc, kl_sum);
+  void flush_rows(Span rows) {
+    this->flush(rows, acc, h_sum);
+    if constexpr (kCareful) this->flush(rows, kl_acc, kl_sum);
   }
 
   template <Source kSource>
@@ -264,46 +268,51 @@ struct Wide : RowSums<T, kPerRow> {
 
   T* part_of(int64_t i, int k0) const { return G + (chunks_before(k0, K) * n + i) * Cp; }
 
-  // The row's gradient: G - sum_k q_k E^(p + k), chunk by chunk, and the cross entropy's.
+  // The rows' gradients: G - sum_k q_k E^(p + k), chunk by chunk, and the cross entropy's.
   template <Source kSource>
-  void write(int64_t i) {
-    const int64_t row = cluster.rows[i];
-    const RowEntropy e = row_entropy(job, row, cluster.label);
+  void write(Span rows) {
     const bool own_ce = this->own_ce(), carried = job.carried;
-    const T soft = job.has_ce ? T(e.probability) * r_ce[i] : T(0);
-    if (job.has_ce && !own_ce) q[i * K + job.ce_index] -= soft;
-    T* const sum = part_of(i, 0);  // of the chunks so far
-    subtract_smooth(job, e, sum);
-    const T* const at_one = one + i * Cp;
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
-      V qi[N];
-      for (int k = 0; k < N; ++k) qi[k] = splat<T>(q[i * K + k0 + k]);
-      const T *const from = this->template place_of<kSource>(i, k0), *const ak = a + k0;
-      const T* const first = this->template first_of<kSource>(k0) + i * Cp;
-      const T* const g = part_of(i, k0);
+      const int64_t Cp = this->Cp, K = this->K;
       const bool last = k0 + N == K;
-      auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
-        V v = load<V>(g + j);
-        if constexpr (kSource == Source::chain) {
-          v -= polynomial<T, N>(load<V>(from + j), qi) * load<V>(first + j);
-        } else {
-          auto ex = Exponentials<kSource, T>{from, first, ak}.at(this->template column<kSource>(j), j);
-          SumOfProducts<T, N> taken;
-          for (int k = 0; k < N; ++k) taken.add(k, qi[k], ex.at(k));
-          v -= taken.total();
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const int64_t row = cluster.rows[i];
+        const RowEntropy e = row_entropy(job, row, cluster.label);
+        const T soft = job.has_ce ? T(e.probability) * r_ce[i] : T(0);
+        T* const sum = part_of(i, 0);  // of the chunks so far
+        if (k0 == 0) {
+          if (job.has_ce && !own_ce) q[i * K + job.ce_index] -= soft;
+          subtract_smooth(job, e, sum);
         }
-        if (k0 > 0) v += load<V>(sum + j);
-        if (last && own_ce) v += soft * load<V>(at_one + j);
-        if (last && carried) v += carried_at<T>(job, i, j);
-        return v;
-      };
-      if (last)
-        write_row<T>(job, row, value);
-      else
-        for (int64_t j = 0; j < Cp; j += W) store(sum + j, value(j));
+        V qi[N];
+        for (int k = 0; k < N; ++k) qi[k] = splat<T>(q[i * K + k0 + k]);
+        const T *const from = this->template place_of<kSource>(i, k0), *const ak = a + k0;
+        const T* const first = this->template first_of<kSource>(k0) + i * Cp;
+        const T *const g = part_of(i, k0), *const at_one = one + i * Cp;
+        auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
+          V v = load<V>(g + j);
+          if constexpr (kSource == Source::chain) {
+            v -= polynomial<T, N>(load<V>(from + j), qi) * load<V>(first + j);
+          } else {
+            auto ex = Exponentials<kSource, T>{from, first, ak}.at(this->template column<kSource>(j), j);
+            SumOfProducts<T, N> taken;
+            for (int k = 0; k < N; ++k) taken.add(k, qi[k], ex.at(k));
+            v -= taken.total();
+          }
+          if (k0 > 0) v += load<V>(sum + j);
+          if (last && own_ce) v += soft * load<V>(at_one + j);
+          if (last && carried) v += carried_at<T>(job, i, j);
+          return v;
+        };
+        if (last) {
+          write_row<T>(job, row, value);
+          write_entry<T>(job, row, cluster.label, label.entry(i) + (carried ? job.carried_label[i] : 0));
+        } else {
+          for (int64_t j = 0; j < Cp; j += W) store(sum + j, value(j));
+        }
+      }
     });
-    write_entry<T>(job, row, cluster.label, label.entry(i) + (carried ? job.carried_label[i] : 0));
   }
 
   // Returns false, with no gradient written, when the cluster has to be done again in double.
@@ -311,17 +320,17 @@ struct Wide : RowSums<T, kPerRow> {
   bool run(const Team& team) {
     this->template fill<kSource>();
     this->template prepare<kSource>(team);
-    each(team, n, [&](int64_t i) { clear_sums(i); });
+    this->by_block(team, [&](Span rows) { clear_sums(rows); });
     this->template centre<kSource>();
     this->by_tile(
         team, [&](int64_t t) { centroid<kSource>(t); },
-        [&](int64_t i, int64_t t) { accumulate<kSource>(i, t); });
-    each(team, n, [&](int64_t i) { flush_row(i); });
+        [&](Span rows, int64_t t) { accumulate<kSource>(rows, t); });
+    this->by_block(team, [&](Span rows) { flush_rows(rows); });
     finish_label<kSource>();
     if (!divergences<kSource>()) return false;
-    each(team, n, [&](int64_t i) {
-      this->report(i, (kCareful ? kl_sum : off) + i * K);
-      if (job.grad) write<kSource>(i);
+    this->by_block(team, [&](Span rows) {
+      this->report(rows, kCareful ? kl_sum : off);
+      if (job.grad) write<kSource>(rows);
     });
     return true;
   }
