@@ -33,6 +33,11 @@ class Place:
         """Triton's kernels on a CPU: a thousand times slower, so that tests try less of the same."""
         return self.name == "triton" and self.device == "cpu"
 
+    @property
+    def emulated(self) -> bool:
+        """CUDA's kernels on a CPU: fifty times slower."""
+        return self.name == "cuda" and self.device == "cpu"
+
     def needs(self, dtype: torch.dtype) -> None:
         """Skips the test where the backend does not serve this dtype."""
         if dtype not in self.dtypes:
