@@ -2,9 +2,10 @@
 // decide: had in double from the logits themselves. In float the other columns are computed without it, so
 // that what is left of a confident row is not lost beside a probability near one.
 //
-//   set_row(i)     p_k = exp(a_k x) / S_k                                          once S of the row is known
-//   finish()       t_k = a_k x - log S_k - log q_k, q_k the centroid's entry       once Q is
-//   entry(i)       sum_k coeff_k p_k (t_k - sum_j P_j t_j)  and the cross entropy's part
+//   exponentials(rows)  exp(a_k x)
+//   normalise(i, k)     p_k = exp(a_k x) / S_k                                     once S of the row is known
+//   finish()            t_k = a_k x - log S_k - log q_k, q_k the centroid's entry  once Q is
+//   entry(i)            sum_k coeff_k p_k (t_k - sum_j P_j t_j)  and the cross entropy's part
 #pragma once
 
 #include "rows.h"
@@ -45,41 +46,50 @@ struct LabelColumn {
     }
   }
 
-  // sums (K): S_k; s_ce: the same at temperature 1, where that is none of them. kApart: both lack the label
-  // and get it here. Returns 1 / S_k (K).
-  CMIM_INLINE const double* set_row(int64_t i, double top, double floor, double* sums, double& s_ce) {
-    // of the exponential's series: a relative error of 1e-11 in float, which x = 0 does not have
-    constexpr int kTerms = kApart ? 7 : 12;
-    const int64_t row = cluster.rows[i];
-    const double below =
-        element(job.logits, job.storage, row * job.row_stride + cluster.label * job.col_stride) - top;
-    x[i] = below < floor ? floor : below;
-    upstream[i] = job.upstream ? job.upstream[row] : 1.0;
-    double *const to = p + i * Kp, *const others = rest + i * Kp, *const inverses = t + i * Kp;
-    for (int k0 = 0; k0 < Kp; k0 += D) {
-      store(to + k0, exp_nonpositive<kTerms>(load<V>(a + k0) * x[i]));
-      store(mean + i * Kp + k0, V{});
+  // of the exponential's series: a relative error of 1e-11 in float, which x = 0 does not have
+  static constexpr int kTerms = kApart ? 7 : 12;
+
+  // x and upstream, and in the place of p what normalise() divides
+  template <class T>
+  void exponentials(Span rows, const T* tops, T floor) {
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      const int64_t row = cluster.rows[i], at = row * job.row_stride + cluster.label * job.col_stride;
+      const double below = element(job.logits, job.storage, at) - double(tops[i]);
+      x[i] = below < double(floor) ? double(floor) : below;
+      upstream[i] = job.upstream ? job.upstream[row] : 1.0;
     }
-    by_doubles(job.temperatures, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(width)::value;
-      auto sum = doubles<N>(sums + k0);
-      const auto own = doubles<N>(to + k0);
-      const auto without = sum;
-      if constexpr (kApart) store_doubles<N>(sums + k0, sum += own);
-      const auto inverse = 1.0 / sum;  // once: processors divide slowly
-      if constexpr (kApart) store_doubles<N>(others + k0, without * inverse);
-      store_doubles<N>(to + k0, own * inverse);
-      store_doubles<N>(inverses + k0, inverse);
-    });
-    if (!job.has_ce) return inverses;
+    for (int k0 = 0; k0 < Kp; k0 += D) {
+      const V ak = load<V>(a + k0);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        store(p + i * Kp + k0, exp_nonpositive<kTerms>(ak * x[i]));
+        store(mean + i * Kp + k0, V{});
+      }
+    }
+  }
+  // N temperatures of a row. sums (N): S_k, which lacks the label and gets it here where kApart. Returns 1 /
+  // S_k.
+  template <int N>
+  CMIM_INLINE auto normalise(int64_t i, int k0, double* sums) {
+    const int64_t at = i * Kp + k0;
+    auto sum = doubles<N>(sums);
+    const auto own = doubles<N>(p + at), without = sum;
+    if constexpr (kApart) store_doubles<N>(sums, sum += own);
+    const auto inverse = 1.0 / sum;  // once: processors divide slowly
+    if constexpr (kApart) store_doubles<N>(rest + at, without * inverse);
+    store_doubles<N>(p + at, own * inverse);
+    return inverse;
+  }
+  // p_ce, after the row's temperatures. s_ce: S at temperature 1, which gets the label where kApart; not
+  // looked at where that is one of the temperatures.
+  CMIM_INLINE void normalise_one(int64_t i, double& s_ce) {
+    if (!job.has_ce) return;
     if (job.ce_index >= 0) {
-      p_ce[i] = to[job.ce_index];
+      p_ce[i] = p[i * Kp + job.ce_index];
     } else {
       const double at_one = exp_nonpositive<kTerms>(splat<double>(x[i]))[0];
       if constexpr (kApart) s_ce += at_one;
       p_ce[i] = at_one / s_ce;
     }
-    return inverses;
   }
 
   // log_sums (n, K): log S_k less shift(k); given(k): the centroid's entry where it is given. For float.
@@ -113,22 +123,23 @@ struct LabelColumn {
   void set_t(const double* log_sums) {
     const int K = job.temperatures;
     for (int k = K; k < Kp; ++k) log_q[k] = 0, rho[k] = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      for (int k0 = 0; k0 < Kp; k0 += D) {
-        double* const to = t + i * Kp + k0;
+    for (int k0 = 0; k0 < Kp; k0 += D) {
+      const V ak = load<V>(a + k0), log_qk = load<V>(log_q + k0);
+      for (int64_t i = 0; i < n; ++i) {
         V of_row{};
         if (k0 + D <= K)
           of_row = load<V>(log_sums + i * K + k0);
         else
           for (int k = k0; k < K; ++k) of_row[k - k0] = log_sums[i * K + k];
-        V value = load<V>(a + k0) * x[i] - load<V>(log_q + k0) - of_row;
+        V value = ak * x[i] - log_qk - of_row;
         if constexpr (kPerRow) value = upstream[i] * value - load<V>(rho + k0);
-        store(to, value);
+        store(t + i * Kp + k0, value);
       }
     }
   }
 
-  double entry(int64_t i) const {
+  // e: of the row's cross entropy
+  CMIM_INLINE double entry(int64_t i, const RowEntropy& e) const {
     V sum{};
     for (int k0 = 0; k0 < Kp; k0 += D) {
       const int64_t at = i * Kp + k0;
@@ -139,7 +150,6 @@ struct LabelColumn {
     double value = sum_lanes<double>(sum);
     if (!kPerRow) value *= upstream[i];
     if (!job.has_ce) return value;
-    const RowEntropy e = row_entropy(job, cluster.rows[i], cluster.label);
     return value + (e.probability * p_ce[i] - e.one_hot - e.smooth * class_weight(job, cluster.label));
   }
 };

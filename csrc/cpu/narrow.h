@@ -110,7 +110,11 @@ struct Narrow : Centre<kSource> {
       double* const s = sum + i * K;
       const double s_ce = job.has_ce ? one_sum * (1 + s[job.ce_index]) : 0;
       for (int k = 0; k < K; ++k) s[k] = 1 / ((kChain ? sbar[k] : 1.0) * (1 + s[k]));
-      this->set_row(i, s, job.has_ce ? 1 / s_ce : 0, 1.0);
+      by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
+        constexpr int N = decltype(width)::value;
+        this->template set_scales<N>(i, k0, doubles<N>(s + k0), 1.0);
+      });
+      r_ce[i] = job.has_ce ? float(1 / s_ce) : 0;
       this->set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(top) + double(shift[i]));
       for (int k = 0; k < K; ++k) s[k] = 0;
     }

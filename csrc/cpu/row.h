@@ -135,7 +135,7 @@ inline void write_row(const Job& job, int64_t row, F&& value) {
 // The entry of the label in a gradient row: the difference of two numbers near each other where the row is
 // confident, so it is had apart, in double, and rounded once.
 template <class T>
-inline void write_entry(const Job& job, int64_t row, int64_t j, double value) {
+CMIM_INLINE void write_entry(const Job& job, int64_t row, int64_t j, double value) {
   with_storage(job.grad_storage, [&](auto tag) {
     using S = decltype(tag);
     if constexpr (sizeof(S) <= sizeof(T))
@@ -145,7 +145,7 @@ inline void write_entry(const Job& job, int64_t row, int64_t j, double value) {
 
 // Label smoothing's part of the target distribution, taken from a gradient row that is still in T.
 template <class T>
-inline void subtract_smooth(const Job& job, const RowEntropy& e, T* g) {
+CMIM_INLINE void subtract_smooth(const Job& job, const RowEntropy& e, T* g) {
   if (e.smooth != 0)
     for (int64_t j = 0; j < job.classes; ++j) g[j] -= T(e.smooth * class_weight(job, j));
 }

@@ -264,15 +264,11 @@ struct Rows {
 
   bool own_ce() const { return job.has_ce && job.ce_index < 0; }
 
-  // inverse (K): of S_k = sum_j E^(p + k); inverse_ce: of sum_j exp(z - top). scale: of the coefficients
-  void set_row(int64_t i, const double* inverse, double inverse_ce, double scale) {
-    by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(width)::value;
-      const auto one = doubles<N>(inverse + k0);
-      store_doubles<N>(r + i * K + k0, one);
-      store_doubles<N>(c + i * K + k0, doubles<N>(job.coeff + k0) * scale * one);
-    });
-    r_ce[i] = T(inverse_ce);
+  // N temperatures of a row. inverse: of S_k = sum_j E^(p + k); scale: of the coefficients
+  template <int N, class D>
+  CMIM_INLINE void set_scales(int64_t i, int k0, D inverse, double scale) {
+    store_doubles<N>(r + i * K + k0, inverse);
+    store_doubles<N>(c + i * K + k0, doubles<N>(job.coeff + k0) * scale * inverse);
   }
   // log_sum: log sum_j exp(z - top)
   void set_entropy(int64_t i, double log_sum, double top) {

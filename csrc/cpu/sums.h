@@ -10,7 +10,8 @@ namespace {  // a copy for each variant: see problem.h
 template <class T, bool kPerRow>
 struct RowSums : Rows<T> {
   using Base = Rows<T>;
-  using Base::a, Base::C, Base::cluster, Base::cols, Base::Cp, Base::E, Base::job, Base::K, Base::n, Base::r;
+  using Base::a, Base::C, Base::cluster, Base::cols, Base::Cp, Base::E, Base::job, Base::K, Base::n, Base::r,
+      Base::r_ce;
   using Base::source, Base::W, Base::X;
   using V = Vec<T>;
   static constexpr bool kCareful = sizeof(T) == 8;
@@ -172,25 +173,27 @@ struct RowSums : Rows<T> {
   // What follows from the sums of the rows
   template <Source kSource>
   void scales(Span rows) {
-    for (int64_t i = rows.begin; i < rows.end; ++i) scales<kSource>(i);
-  }
-  template <Source kSource>
-  CMIM_INLINE void scales(int64_t i) {
-    double* const sums = off + i * K;  // their place until centre()
-    double s_ce = this->own_ce() ? sums_one[i] : 0;
-    const double* const inverse = label.set_row(i, double(tops[i]), double(floor), sums, s_ce);
-    const double upstream = label.upstream[i];
-    const double inverse_ce = this->own_ce() ? 1 / s_ce : job.has_ce ? inverse[job.ce_index] : 0;
-    this->set_row(i, inverse, inverse_ce, (kPerRow ? 1.0 : upstream) / kUnit<T, kSource>);
-    if (this->own_ce() || !job.has_ce)
-      this->set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(tops[i]));
-    up[i] = T(upstream);
+    label.exponentials(rows, tops, floor);
     by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(width)::value;
-      const auto mean = doubles<N>(inverse + k0) * over_n;
-      store_doubles<N>(mix + i * K + k0, mean);
-      if constexpr (kPerRow) store_doubles<N>(mix_up + i * K + k0, mean * upstream);
+      const int64_t K = this->K;
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const auto inverse = label.template normalise<N>(i, k0, off + i * K + k0);  // S until centre()
+        const double upstream = label.upstream[i];
+        this->template set_scales<N>(i, k0, inverse, (kPerRow ? 1.0 : upstream) / kUnit<T, kSource>);
+        const auto mean = inverse * over_n;
+        store_doubles<N>(mix + i * K + k0, mean);
+        if constexpr (kPerRow) store_doubles<N>(mix_up + i * K + k0, mean * upstream);
+      }
     });
+    const bool own_ce = this->own_ce(), apart = own_ce || !job.has_ce;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      double s_ce = own_ce ? sums_one[i] : 0;
+      label.normalise_one(i, s_ce);
+      r_ce[i] = !job.has_ce ? T(0) : T(1 / (own_ce ? s_ce : off[i * K + job.ce_index]));
+      if (apart) this->set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(tops[i]));
+      up[i] = T(label.upstream[i]);
+    }
   }
 
   // A multiple of the last place of log Q, so that adding it is exact: one rounding in every column alike

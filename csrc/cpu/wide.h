@@ -154,6 +154,8 @@ struct Wide : RowSums<T, kPerRow> {
       for (int k = 0; k < N; ++k) ak[k] = a[k0 + k];
       const T *const l = table(L, k0, tile), *const mean_of = table(Q, k0, tile);
       const T* const rho_of = table(rho, k0, tile);
+      const T* const firsts = this->template first_of<kSource>(k0);
+      T* const parts = part_of(0, k0);
       const bool wanted = job.grad;
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const int64_t at = i * K + k0;
@@ -165,8 +167,8 @@ struct Wide : RowSums<T, kPerRow> {
         }
         const T* const x = X + i * Cp;
         const T* const from = this->template place_of<kSource>(i, k0);
-        const T* const first = this->template first_of<kSource>(k0) + i * Cp;
-        T* const g_to = part_of(i, k0);
+        const T* const first = firsts + i * Cp;
+        T* const g_to = parts + i * Cp;
         const T gain = up[i];
         for (int64_t j = begin; j < end; j += W) {
           const V v = load<V>(x + j);
@@ -230,13 +232,13 @@ struct Wide : RowSums<T, kPerRow> {
         });
       return true;
     }
-    for (int k = 0; k < K; ++k) {
-      all_kl[k] = all_rest[k] = 0;
-      if constexpr (kGiven) excess[k] = given_excess(k);
-    }
-    for (int64_t i = 0; i < n; ++i)
-      by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
-        constexpr int N = decltype(width)::value;
+    if constexpr (kGiven)
+      for (int k = 0; k < K; ++k) excess[k] = given_excess(k);
+    by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int N = decltype(width)::value;
+      const int64_t K = this->K;
+      decltype(doubles<N>(off)) sum_kl{}, sum_rest{};
+      for (int64_t i = 0; i < n; ++i) {
         const int64_t at = i * K + k0, of_label = i * label.Kp + k0;
         const auto rest = doubles<N>(label.rest + of_label), p = doubles<N>(label.p + of_label);
         const auto constant = doubles<N>(off + at);
@@ -249,9 +251,10 @@ struct Wide : RowSums<T, kPerRow> {
         auto value = mean;
         if constexpr (kGiven) value += doubles<N>(excess + k0);
         store_doubles<N>(off + at, value);
-        store_doubles<N>(all_kl + k0, doubles<N>(all_kl + k0) + value);
-        store_doubles<N>(all_rest + k0, doubles<N>(all_rest + k0) + rest);
-      });
+        sum_kl += value, sum_rest += rest;
+      }
+      store_doubles<N>(all_kl + k0, sum_kl), store_doubles<N>(all_rest + k0, sum_rest);
+    });
     for (int k = 0; k < K; ++k)
       if ((job.w[k] != 0 || (job.kl && job.order[k] >= 0)) && all_kl[k] < kRedoBelow * double(n) &&
           !(all_kl[k] >= kRedoBelowRest * all_rest[k]))
@@ -276,11 +279,14 @@ struct Wide : RowSums<T, kPerRow> {
       constexpr int N = decltype(chunk)::value;
       const int64_t Cp = this->Cp, K = this->K;
       const bool last = k0 + N == K;
+      const T *const firsts = this->template first_of<kSource>(k0), *const parts = part_of(0, k0);
+      T* const sums = part_of(0, 0);  // of the chunks so far
+      RowEntropy e{};
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const int64_t row = cluster.rows[i];
-        const RowEntropy e = row_entropy(job, row, cluster.label);
+        if (i == rows.begin || job.upstream) e = row_entropy(job, row, cluster.label);
         const T soft = job.has_ce ? T(e.probability) * r_ce[i] : T(0);
-        T* const sum = part_of(i, 0);  // of the chunks so far
+        T* const sum = sums + i * Cp;
         if (k0 == 0) {
           if (job.has_ce && !own_ce) q[i * K + job.ce_index] -= soft;
           subtract_smooth(job, e, sum);
@@ -288,8 +294,7 @@ struct Wide : RowSums<T, kPerRow> {
         V qi[N];
         for (int k = 0; k < N; ++k) qi[k] = splat<T>(q[i * K + k0 + k]);
         const T *const from = this->template place_of<kSource>(i, k0), *const ak = a + k0;
-        const T* const first = this->template first_of<kSource>(k0) + i * Cp;
-        const T *const g = part_of(i, k0), *const at_one = one + i * Cp;
+        const T *const first = firsts + i * Cp, *const g = parts + i * Cp, *const at_one = one + i * Cp;
         auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
           V v = load<V>(g + j);
           if constexpr (kSource == Source::chain) {
@@ -307,7 +312,7 @@ struct Wide : RowSums<T, kPerRow> {
         };
         if (last) {
           write_row<T>(job, row, value);
-          write_entry<T>(job, row, cluster.label, label.entry(i) + (carried ? job.carried_label[i] : 0));
+          write_entry<T>(job, row, cluster.label, label.entry(i, e) + (carried ? job.carried_label[i] : 0));
         } else {
           for (int64_t j = 0; j < Cp; j += W) store(sum + j, value(j));
         }
