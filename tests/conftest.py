@@ -35,7 +35,7 @@ class Place:
 
     @property
     def emulated(self) -> bool:
-        """CUDA's kernels on a CPU: fifty times slower."""
+        """CUDA's kernels on a CPU: slow enough for tests to try fewer batches."""
         return self.name == "cuda" and self.device == "cpu"
 
     def needs(self, dtype: torch.dtype) -> None:

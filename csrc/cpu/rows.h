@@ -18,8 +18,7 @@ constexpr int kTileVectors = 1024 / kVectorBytes;
 constexpr int64_t kTileBytes = 32 << 10;
 constexpr int kSumBlock =
     32;  // rows summed before their sum joins the centroid's: rounding does not build up
-constexpr int kFlushTiles =
-    kFlushVectors / kTileVectors;  // sums in lanes of T go over to double this often, whatever C
+constexpr int kFlushTiles = kFlushVectors / kTileVectors;
 constexpr int64_t kStoredBytes = int64_t(1) << 20;  // about a core's second-level cache
 
 template <int N>

@@ -281,7 +281,7 @@ struct Wide : RowSums<T, kPerRow> {
       const bool last = k0 + N == K;
       const T *const firsts = this->template first_of<kSource>(k0), *const parts = part_of(0, k0);
       T* const sums = part_of(0, 0);  // of the chunks so far
-      RowEntropy e{};
+      RowEntropy e{};                 // of all rows alike, but for their upstream gradients
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const int64_t row = cluster.rows[i];
         if (i == rows.begin || job.upstream) e = row_entropy(job, row, cluster.label);
