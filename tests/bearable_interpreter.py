@@ -3,7 +3,8 @@
 A launch replaces the functions of `triton.language` by interpreted ones, by walking through the whole
 module, and so does every call of a device function within it, though there is nothing left to replace: two
 thirds of a run's time. Importing this module leaves out the walks that change nothing. Much of the rest goes
-into the types and shapes of blocks, which are few, and are remembered here.
+into the types and shapes of blocks, which are few, and are remembered here; into finding out that two blocks
+of one type need not be converted; and into sums for an assertion on overflow that is then left out.
 
 The interpreter cuts off the digits that a bfloat16 has no room for. Devices round to nearest, ties to even,
 and so it is done here. Its exponential is right to half a unit in the last place; a device's is one
@@ -24,9 +25,12 @@ from triton.runtime import interpreter
 _convert, _dtype = interpreter._convert_float, interpreter._get_np_dtype
 _block_type, _tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
 _broadcast = semantic.TritonSemantic.broadcast_impl_value
+_alike = semantic.TritonSemantic.binary_op_type_checking_impl
 _block_types: dict[Any, dict[str, Any]] = {}
 _tensors: dict[str, dict[str, Any]] = {}
 _dtypes: dict[str, Any] = {}
+_constants: dict[Any, Any] = {}
+_PLAIN = {"fp32": float, "int32": int, "int64": int}  # numbers of their kind
 
 
 @functools.cache
@@ -67,6 +71,21 @@ def _broadcast_unless_alike(self: Any, one: Any, other: Any) -> Any:
     return _broadcast(self, one, other)
 
 
+def _alike_unless_of_one_type(self: Any, one: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
+    """Two blocks of one type, or a block and a number of its kind, are not converted."""
+    known = isinstance(one, tl.tensor) and _PLAIN.get(one.dtype.name)
+    if not known:
+        return _alike(self, one, other, *args, **kwargs)
+    if isinstance(other, tl.tensor) and other.dtype.name == one.dtype.name:
+        return self.broadcast_impl_value(one, other)
+    if type(other) is not known or not one.type.is_block():
+        return _alike(self, one, other, *args, **kwargs)
+    key = (one.type.name, other.hex() if isinstance(other, float) else other)  # 0.0 is not -0.0
+    if key not in _constants:
+        _constants[key] = _alike(self, one, other, *args, **kwargs)[1]
+    return one, _constants[key]
+
+
 def _rounded(source: Any, from_type: Any, to_type: Any, mode: Any) -> Any:
     if (from_type, to_type) == (tl.bfloat16, tl.float32):
         return source.astype(np.uint32) << 16
@@ -95,5 +114,7 @@ interpreter._get_np_dtype = _remembered_dtype
 tl.core.block_type.__init__ = _remembered_block_type
 tl.core.tensor.__init__ = _remembered_tensor
 semantic.TritonSemantic.broadcast_impl_value = _broadcast_unless_alike
+semantic.TritonSemantic.binary_op_type_checking_impl = _alike_unless_of_one_type
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 interpreter.InterpreterBuilder.create_exp2 = _exp2
 interpreter._convert_float = _rounded
