@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -140,6 +140,18 @@ def spectrum(place: Place, options: Options, logits: Tensor, target: Tensor) -> 
         ),
         logits,
     )
+
+
+def each_divergence(
+    place: Place, logits: Tensor, target: Tensor, spectrum: ck.TemperatureSpectrum
+) -> Iterator[tuple[Tensor, Tensor, tuple[Any, ...]]]:
+    """CMI (1,) of each temperature by itself, its gradient, and the arguments of `reference_loss` for it."""
+    leaf = logits.to(place.device).detach().requires_grad_()
+    values = ck.cmi_spectrum(leaf, target.to(place.device), temperatures=spectrum, backend=place.name)
+    for k, a in enumerate(spectrum.inverse_temperatures):
+        (gradient,) = torch.autograd.grad(values[k], leaf, retain_graph=True)
+        arguments = (target.cpu(), [a], [1.0], None, None, 0.0, 1.0, 0.0, -100, reference.SPECTRUM)
+        yield values[k : k + 1].detach().cpu(), gradient.cpu(), arguments
 
 
 @cache

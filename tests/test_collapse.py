@@ -5,7 +5,7 @@ from __future__ import annotations
 import mpmath
 import pytest
 import torch
-from calls import OPTIONS, Options, judged, regime, spectrum
+from calls import OPTIONS, Options, each_divergence, judged, regime, spectrum
 from conftest import Place
 from torch import Tensor
 
@@ -31,15 +31,9 @@ def test_cmi_and_its_gradient(place: Place, name: str, options: str) -> None:
 @pytest.mark.parametrize("name", REGIMES)
 def test_gradient_of_every_temperature(place: Place, name: str) -> None:
     """A sum over temperatures is carried by the coldest; each has to be right by itself."""
-    logits, target = regime(name).make(device=place.device)
-    for k, a in enumerate(OPTIONS["default"].spectrum.inverse_temperatures):
-        upstream = torch.eye(8, device=place.device)[k]
-        value, gradient = value_and_grad(
-            lambda z: ck.cmi_spectrum(z, target, backend=place.name), logits, upstream=upstream
-        )
-        arguments = (target.cpu(), [a], [1.0], None, None, 0.0, 1.0, 0.0, -100, reference.SPECTRUM)
-        true_value, true_gradient = truth(logits.cpu(), *arguments)
-        assert_collapse_accuracy(value[k : k + 1].cpu(), gradient.cpu(), true_value, true_gradient)
+    logits, target = regime(name).make()
+    for value, gradient, arguments in each_divergence(place, logits, target, OPTIONS["default"].spectrum):
+        assert_collapse_accuracy(value, gradient, *truth(logits, *arguments))
 
 
 @pytest.mark.parametrize("height", [16.0, 30.0])
@@ -50,14 +44,8 @@ def test_confident_clusters(place: Place, width: float, height: float) -> None:
     target = torch.randint(0, 4, (32,), generator=g)
     logits = 2 * torch.randn(4, 40, generator=g)[target] + width * torch.randn(32, 40, generator=g)
     logits[torch.arange(32), target] += height
-    at, by = logits.to(place.device), target.to(place.device)
-    for k, a in enumerate(OPTIONS["default"].spectrum.inverse_temperatures):
-        upstream = torch.eye(8, device=place.device)[k]
-        value, gradient = value_and_grad(
-            lambda z: ck.cmi_spectrum(z, by, backend=place.name), at, upstream=upstream
-        )
-        arguments = (target, [a], [1.0], None, None, 0.0, 1.0, 0.0, -100, reference.SPECTRUM)
-        assert_collapse_accuracy(value[k : k + 1].cpu(), gradient.cpu(), *truth(logits, *arguments))
+    for value, gradient, arguments in each_divergence(place, logits, target, OPTIONS["default"].spectrum):
+        assert_collapse_accuracy(value, gradient, *truth(logits, *arguments))
 
 
 @pytest.mark.parametrize("name", ["collapsed_0.001", "collapsed_0.1"])

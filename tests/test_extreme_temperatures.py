@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import Options, fused, judged, pooled
+from calls import Options, each_divergence, fused, judged, pooled
 from conftest import Place
 from torch import Generator, Tensor
 
 import cmim_kernels as ck
-from cmim_kernels.reference import SPECTRUM
 from cmim_kernels.testing import (
     COLLAPSED_CMI,
     Regime,
@@ -21,7 +20,6 @@ from cmim_kernels.testing import (
     assert_within_budget,
     base,
     truth,
-    value_and_grad,
 )
 
 GRIDS = {
@@ -104,19 +102,15 @@ def test_loss_and_its_gradient(place: Place, grid: str, batch: str, name: str) -
 def test_divergence_of_every_temperature(place: Place, grid: str, batch: str) -> None:
     """And its gradient: each by itself, since the coldest would hide the others."""
     spectrum = GRIDS[grid]
-    for k, a in enumerate(spectrum.inverse_temperatures):
-        results = []
-        for seed in seeds(place):
-            logits, target = BATCHES[batch].make(device=place.device, seed=seed)
-            value, gradient = value_and_grad(
-                lambda z, y=target: ck.cmi_spectrum(z, y, temperatures=spectrum, backend=place.name),
-                logits,
-                upstream=torch.eye(len(spectrum), device=place.device)[k],
-            )
-            arguments = (target.cpu(), [a], [1.0], None, None, 0.0, 1.0, 0.0, -100, SPECTRUM)
-            true, plain = truth(logits.cpu(), *arguments), base(logits.cpu(), *arguments)
-            results.append((value[k : k + 1].cpu(), gradient.cpu(), *true, *plain, target.cpu()))
-        value, gradient, true_value, true_gradient, base_value, base_gradient, target = pooled(results)
+    results: list[list[tuple[Tensor, ...]]] = [[] for _ in range(len(spectrum))]
+    for seed in seeds(place):
+        logits, target = BATCHES[batch].make(seed=seed)
+        each = each_divergence(place, logits, target, spectrum)
+        for of_temperature, (*out, arguments) in zip(results, each, strict=True):
+            true, plain = truth(logits, *arguments), base(logits, *arguments)
+            of_temperature.append((*out, *true, *plain, target))
+    for a, of_temperature in zip(spectrum.inverse_temperatures, results, strict=True):
+        value, gradient, true_value, true_gradient, base_value, base_gradient, target = pooled(of_temperature)
         if true_value.max() < COLLAPSED_CMI:
             assert_collapse_accuracy(value, gradient, true_value, true_gradient)
             continue
