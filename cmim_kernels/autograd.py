@@ -7,6 +7,7 @@ exact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,8 +84,11 @@ class _OwnedLoss(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             gradient = _reference_gradient(grad, *_arguments(ctx.saved_tensors, ctx.call))
-        elif gradient is None or type(grad) is not Tensor:  # given away before, or a tracer's tensor
+        elif gradient is None or _without_data(grad):  # given away before
             saved = grad.new_empty(0) if gradient is None else gradient
+            gradient = ctx.call[0].loss_backward(grad, saved, *_arguments(ctx.saved_tensors, ctx.call))
+        elif grad.is_cpu and not math.isfinite(grad.item()):  # scaled, rows that are ignored would not stay 0
+            saved = grad.new_empty(0)
             gradient = ctx.call[0].loss_backward(grad, saved, *_arguments(ctx.saved_tensors, ctx.call))
         elif not (grad.is_cpu and grad.item() == 1.0):
             if gradient.dtype == torch.bfloat16:  # the operator knows what rounds a second time
@@ -92,6 +96,15 @@ class _OwnedLoss(torch.autograd.Function):
             else:
                 gradient.mul_(grad)
         return gradient, None, None, None, None
+
+
+def _without_data(grad: Tensor) -> bool:
+    """Whether it is a tracer's tensor, or many at once as `is_grads_batched` makes of them."""
+    return (
+        type(grad) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.is_legacy_batchedtensor(grad)
+    )
 
 
 # Function.apply but for its care for the transforms of torch.func, which do not get here: 2 us of 40.

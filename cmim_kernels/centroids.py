@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .functional import DEFAULT_SPECTRUM, class_centroids
+from .dispatch import check_backend
+from .functional import DEFAULT_SPECTRUM, check_ignore_index, checked_number, class_centroids
 from .spectrum import Numbers, TemperatureSpectrum
 
 Mode = Literal["ema", "epoch", "fixed"]
@@ -30,6 +31,9 @@ class CentroidBank(nn.Module):
     - `epoch`: the centroids are those of the whole previous epoch; training batches only collect the next
       ones, which `end_epoch` puts in force.
     - `fixed`: the alternating scheme: hold Q and update the network; then update Q with `reestimate`.
+
+    A centroid's entry that underflows to 0 makes every row with a probability there infinitely far away: on
+    grids with temperatures far below 1, take batch centroids.
 
     A class not seen yet falls back to the batch's own centroid, which is how the loss works without a bank.
     In eval mode nothing is updated. A batch in which a class's logits hold NaN or +inf does not update that
@@ -80,8 +84,10 @@ class CentroidBank(nn.Module):
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if mode not in _MODES:
             raise ValueError(f"mode must be one of {list(_MODES)}, got {mode!r}")
-        if not 0 <= decay < 1:
+        if not checked_number("decay", decay) < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay!r}")
+        check_ignore_index(ignore_index)
+        check_backend(backend)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
         self.spectrum = (
@@ -122,10 +128,7 @@ class CentroidBank(nn.Module):
         Raises:
             ValueError: the batch has another number of classes or the loss other temperatures than the bank.
         """
-        if isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] != self.num_classes:
-            raise ValueError(
-                f"logits have {logits.shape[1]} classes, the centroid bank has {self.num_classes}"
-            )
+        self._check_classes(logits)
         if tuple(inverse_temperatures) != self.spectrum.inverse_temperatures:
             raise ValueError(
                 f"the loss has inverse temperatures {list(inverse_temperatures)}, "
@@ -166,11 +169,25 @@ class CentroidBank(nn.Module):
 
         Classes without a row keep theirs. With a process group every rank has to call this, each with its own
         batches. `bank.reestimate((model(x), y) for x, y in loader)` runs without gradient.
+
+        Raises:
+            TypeError, ValueError: as `class_centroids`; a batch is no pair, or has another number of classes
+                than the bank. The bank is as it was then.
         """
         mean, counts = torch.zeros_like(self.centroids), torch.zeros_like(self.counts)
-        for logits, target in batches:
+        for batch in batches:
+            if not isinstance(batch, Sequence) or len(batch) != 2:
+                raise TypeError(f"batches must hold pairs (logits, target), got {type(batch).__name__}")
+            logits, target = batch
+            self._check_classes(logits)
             _merge(mean, counts, *self._batch_centroids(logits, target))
         self._put_in_force(mean, counts)
+
+    def _check_classes(self, logits: Tensor) -> None:
+        if isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"logits have {logits.shape[1]} classes, the centroid bank has {self.num_classes}"
+            )
 
     def _batch_centroids(self, logits: Tensor, target: Tensor, gather: bool = False) -> tuple[Tensor, Tensor]:
         """Q (K, C, C) in the bank's dtype and counts (C,), both 0 where the centroid is not finite."""

@@ -31,6 +31,12 @@ def available_backends() -> dict[str, str | None]:
     return {name: _why_unusable(name) for name in NATIVE} | {REFERENCE: None}
 
 
+def check_backend(name: str) -> None:
+    """Raises ValueError where there is no such backend."""
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {list(NAMES)}, got {name!r}")
+
+
 def pick(name: str, logits: Tensor, temperatures: int) -> Backend | None:
     """The backend for this call; None stands for the reference.
 
@@ -50,8 +56,7 @@ def pick(name: str, logits: Tensor, temperatures: int) -> Backend | None:
         return None
     if name == REFERENCE:
         return None
-    if name not in NATIVE:
-        raise ValueError(f"backend must be one of {list(NAMES)}, got {name!r}")
+    check_backend(name)
     reason = _why_unusable(name) or _modules[name].refuses(logits, temperatures)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}")

@@ -24,7 +24,7 @@ from .autograd import differentiable_loss, needs_reference
 from .backends import Backend
 from .dispatch import pick
 from .distributed import gather_batch
-from .spectrum import Numbers, TemperatureSpectrum
+from .spectrum import Numbers, TemperatureSpectrum, as_float
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -73,7 +73,9 @@ def fused_cmi_loss(
         centroids: (K, C, C) of the compute dtype, contiguous or not: Q[k, c] to use for class c instead of
             the batch's own, held fixed. Finite and non-negative; rows need not sum to 1 (the divergence is
             the generalised one).
-        weight: (C,) class weights of the cross entropy, as in `F.cross_entropy`; non-negative.
+        weight: (C,) class weights of the cross entropy, as in `F.cross_entropy`; non-negative. This tensor's
+            values, and those of `centroids`, are checked once, and again when autograd's version counter says
+            that they have changed: a change through `.data` or a NumPy view goes unseen.
         label_smoothing: of the cross entropy, in [0, 1], as in `F.cross_entropy`.
         ignore_index: rows with this target count nowhere and get a gradient of exactly zero.
         reduction: "mean" (cross entropy as `F.cross_entropy` takes it, CMI over the kept rows), "sum" over
@@ -134,7 +136,7 @@ def cmi_spectrum(
     """
     _check_batch(logits, target)
     spectrum = as_spectrum(temperatures, None)
-    _check_ignore_index(ignore_index)
+    check_ignore_index(ignore_index)
     if centroids is not None:
         centroids = _centroids(centroids, logits, len(spectrum.weights))
     if process_group is not None:
@@ -163,7 +165,7 @@ def class_centroids(
     """
     _check_batch(logits, target)
     spectrum = as_spectrum(temperatures, None)
-    _check_ignore_index(ignore_index)
+    check_ignore_index(ignore_index)
     logits = logits.detach()
     if process_group is not None:
         logits, target = gather_batch(logits, target, ignore_index, process_group)
@@ -215,7 +217,7 @@ def _check_batch(logits: Tensor, target: Tensor) -> None:
         and shape[0] == rows[0]
         and shape[1] > 0
         and ((logits.is_cpu and target.is_cpu) or logits.device == target.device)
-        and logits.layout is torch.strided
+        and logits.layout is target.layout is torch.strided
     ):
         raise _bad_batch(logits, target)
 
@@ -229,6 +231,8 @@ def _bad_batch(logits: Any, target: Any) -> Exception:
         return TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
     if logits.layout is not torch.strided:
         return TypeError(f"logits must be a dense tensor, got layout {logits.layout}")
+    if target.layout is not torch.strided:
+        return TypeError(f"target must be a dense tensor, got layout {target.layout}")
     if target.dtype is not torch.int64:
         return TypeError(f"target must hold class indices as int64, got {target.dtype}")
     if logits.dim() != 2 or logits.shape[1] == 0:
@@ -267,30 +271,30 @@ def checked_numbers(
 ) -> LossNumbers:
     """The options that are not tensors, valid and as the operators take them."""
     if type(ce_weight) is not float or not 0 <= ce_weight < math.inf:
-        ce_weight = _number("ce_weight", ce_weight)
+        ce_weight = checked_number("ce_weight", ce_weight)
     if type(cmi_weight) is not float or not 0 <= cmi_weight < math.inf:
-        cmi_weight = _number("cmi_weight", cmi_weight)
+        cmi_weight = checked_number("cmi_weight", cmi_weight)
     if type(label_smoothing) is not float or not 0 <= label_smoothing <= 1:
-        label_smoothing = _number("label_smoothing", label_smoothing, most=1)
+        label_smoothing = checked_number("label_smoothing", label_smoothing, most=1)
     if type(reduction) is not str or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {list(_REDUCTIONS)}, got {reduction!r}")
     if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
-        _check_ignore_index(ignore_index)
+        check_ignore_index(ignore_index)
     return ce_weight, cmi_weight, label_smoothing, ignore_index, _REDUCTIONS[reduction]
 
 
-def _number(name: str, value: Any, most: float = math.inf) -> float:
+def checked_number(name: str, value: Any, most: float = math.inf) -> float:
     """`value` as a float in [0, most], finite."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number = float(value)
+    number = as_float(value)
     if not (0 <= number <= most and number < math.inf):
         accepted = "finite and non-negative" if most == math.inf else f"in [0, {most}]"
         raise ValueError(f"{name} must be {accepted}, got {value!r}")
     return number
 
 
-def _check_ignore_index(value: object) -> None:
+def check_ignore_index(value: object) -> None:
     if type(value) is not int:
         raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
     if not -(2**63) <= value < 2**63:
@@ -322,11 +326,30 @@ def _centroids(centroids: Tensor, logits: Tensor, k: int) -> Tensor:
 def _check_constant(name: str, value: Tensor, logits: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must be of shape {shape}, got {tuple(value.shape)}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if value.device != logits.device:
         raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {value.device}")
     if value.requires_grad:
         raise ValueError(f"{name} must not require grad: it is held fixed; pass {name}.detach()")
-    if value.is_cpu and not torch.compiler.is_compiling() and not _known_valid(value):
+    _check_values(name, value)
+
+
+def check_before_logits(name: str, value: object, shape: tuple[int | None, ...]) -> None:
+    """What can be said of `weight` or `centroids` before there are logits; None stands for C in `shape`."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {_kind(value)}")
+    free = {got for got, wanted in zip(value.shape, shape, strict=False) if wanted is None}
+    fits = all(wanted in (None, got) for got, wanted in zip(value.shape, shape, strict=False))
+    if value.dim() != len(shape) or len(free) != 1 or not fits:
+        wanted = ", ".join("C" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must be of shape ({wanted}), got {tuple(value.shape)}")
+    _check_values(name, value)
+
+
+def _check_values(name: str, value: Tensor) -> None:
+    unread = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if value.is_cpu and not unread and not _known_valid(value):
         low, high = torch.aminmax(value)
         if not (low >= 0 and high < math.inf):  # false for NaN
             raise ValueError(f"{name} must be finite and non-negative, got values in [{low}, {high}]")

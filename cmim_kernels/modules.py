@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .dispatch import NAMES
-from .functional import DEFAULT_SPECTRUM, Reduction, as_spectrum, checked_numbers, fused_cmi_loss
+from .dispatch import check_backend
+from .functional import (
+    DEFAULT_SPECTRUM,
+    Reduction,
+    as_spectrum,
+    check_before_logits,
+    checked_numbers,
+    fused_cmi_loss,
+)
 from .spectrum import Numbers, TemperatureSpectrum
+
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 @runtime_checkable
@@ -62,8 +72,7 @@ class CMIMLoss(nn.Module):
     ) -> None:
         super().__init__()
         checked_numbers(ce_weight, cmi_weight, label_smoothing, ignore_index, reduction)
-        if backend not in NAMES:
-            raise ValueError(f"backend must be one of {list(NAMES)}, got {backend!r}")
+        check_backend(backend)
         self.spectrum = as_spectrum(temperatures, temperature_weights)
         self.ce_weight = ce_weight
         self.cmi_weight = cmi_weight
@@ -72,14 +81,27 @@ class CMIMLoss(nn.Module):
         self.reduction: Reduction = reduction
         self.process_group = process_group
         self.backend = backend
+        if weight is not None:
+            check_before_logits("weight", weight, (None,))
         self.register_buffer("weight", weight)
         if centroids is None or isinstance(centroids, Tensor):
+            if centroids is not None:
+                check_before_logits("centroids", centroids, (len(self.spectrum), None, None))
             self.register_buffer("centroids", centroids)
         elif isinstance(centroids, Centroids):
             self.centroids = centroids
         else:
             kind = type(centroids).__name__
             raise TypeError(f"centroids must be a tensor or a CentroidBank, got {kind}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CMIMLoss:
+        # Centroids are of the dtype the loss is computed in: half() and the like leave them as they are.
+        before = self.centroids
+        super()._apply(fn, recurse)
+        now = self.centroids
+        if isinstance(before, Tensor) and isinstance(now, Tensor) and now.dtype in _NARROW:
+            self.centroids = before.to(now.device)
+        return self
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of logits (N, C) and target (N,), see `fused_cmi_loss`."""

@@ -146,7 +146,15 @@ def floats(name: str, values: Numbers) -> tuple[float, ...]:
             raise TypeError(f"{name} must hold real numbers only, got {type(value).__name__} {value!r}")
     if not values:
         raise ValueError(f"{name} must not be empty")
-    return tuple(float(value) for value in values)
+    return tuple(as_float(value) for value in values)
+
+
+def as_float(value: Real | float) -> float:
+    """A real number as a float, an infinite one where it is out of range."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def _tensor_to_list(name: str, values: Tensor) -> list[float]:

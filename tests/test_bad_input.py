@@ -41,6 +41,7 @@ LOSS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "target_list": ({"target": [0, 1]}, TypeError, "target.*list"),
     "target_int32": ({"target": TARGET.int()}, TypeError, "target.*int64.*int32"),
     "target_probabilities": ({"target": LOGITS.softmax(1)}, TypeError, "target.*int64.*float32"),
+    "target_sparse": ({"target": TARGET.to_sparse()}, TypeError, "target.*dense.*sparse"),
     "target_2d": ({"target": TARGET[:, None]}, ValueError, r"target.*\(6,\).*\(6, 1\)"),
     "target_short": ({"target": TARGET[:5]}, ValueError, r"target.*\(6,\).*\(5,\)"),
     "target_device": ({"target": TARGET.to("meta")}, ValueError, "target.*cpu.*meta"),
@@ -57,6 +58,10 @@ LOSS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "temperature_zero": ({"temperatures": [1.0, 0.0]}, ValueError, "temperatures.*positive.*0.0"),
     "temperature_negative": ({"temperatures": [-1.0]}, ValueError, "temperatures.*positive.*-1.0"),
     "temperature_nan": ({"temperatures": [NAN]}, ValueError, "temperatures.*finite.*nan"),
+    "temperature_beyond_floats": ({"temperatures": [10**400]}, ValueError, "temperatures.*finite.*inf"),
+    "ce_weight_beyond_floats": ({"ce_weight": 10**400}, ValueError, "ce_weight.*finite"),
+    "weight_sparse": ({"weight": torch.ones(C).to_sparse()}, TypeError, "weight.*dense.*sparse"),
+    "centroids_sparse": ({"centroids": CENTROIDS.to_sparse()}, TypeError, "centroids.*dense.*sparse"),
     "temperature_infinite": ({"temperatures": [INF]}, ValueError, "temperatures.*finite.*inf"),
     "temperature_subnormal": ({"temperatures": [1e-310]}, ValueError, "temperatures"),
     "temperatures_empty": ({"temperatures": []}, ValueError, "temperatures.*empty"),
@@ -237,6 +242,29 @@ def test_module_refuses_at_construction() -> None:
             ck.CMIMLoss(**kwargs)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="centroids"):
         ck.CMIMLoss(centroids="bank")  # type: ignore[arg-type]
+    for name, value, error, message in (
+        ("weight", [1.0], TypeError, "floating point tensor, got list"),
+        ("weight", torch.ones(4, dtype=torch.int64), TypeError, "floating point tensor, got a torch.int64"),
+        ("weight", -torch.ones(4), ValueError, "non-negative"),
+        ("weight", torch.ones(4, 4), ValueError, r"shape \(C\), got \(4, 4\)"),
+        ("centroids", torch.ones(3), ValueError, r"shape \(8, C, C\), got \(3,\)"),
+        ("centroids", torch.ones(8, 3, 4), ValueError, r"shape \(8, C, C\), got \(8, 3, 4\)"),
+        ("centroids", torch.ones(7, 3, 3), ValueError, r"shape \(8, C, C\), got \(7, 3, 3\)"),
+        ("centroids", torch.full((8, 3, 3), torch.nan), ValueError, "finite"),
+    ):
+        with pytest.raises(error, match=f"{name} must.*{message}"):
+            ck.CMIMLoss(**{name: value})  # type: ignore[arg-type]
+
+
+def test_bank_refuses_at_construction() -> None:
+    for kwargs, error in (
+        ({"decay": "x"}, TypeError),
+        ({"decay": 1.0}, ValueError),
+        ({"ignore_index": 1.5}, TypeError),
+        ({"backend": "gpu"}, ValueError),
+    ):
+        with pytest.raises(error, match=next(iter(kwargs))):
+            ck.CentroidBank(4, **kwargs)  # type: ignore[arg-type]
 
 
 def test_without_assertions() -> None:

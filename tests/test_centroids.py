@@ -114,6 +114,19 @@ def test_fixed_mode_and_reestimate() -> None:
     assert torch.equal(b.centroids, held)
 
 
+def test_reestimate_refuses_what_is_no_batch_of_the_bank() -> None:
+    """Logits of one class would broadcast to any number of them."""
+    b = bank()
+    before = copy.deepcopy(b.state_dict())
+    target = torch.zeros(4, dtype=torch.int64)
+    for classes in (1, b.num_classes + 1):
+        with pytest.raises(ValueError, match=f"logits have {classes} classes"):
+            b.reestimate([batch(0), (torch.randn(4, classes), target)])
+    with pytest.raises(TypeError, match=r"batches.*\(logits, target\).*Tensor"):
+        b.reestimate([torch.randn(4, b.num_classes)])  # type: ignore[list-item]
+    assert all(torch.equal(before[name], value) for name, value in b.state_dict().items())
+
+
 @pytest.mark.parametrize("mode", ["ema", "epoch"])
 def test_bad_logits_do_not_poison_the_bank(mode: str) -> None:
     b = bank(mode=mode)

@@ -28,18 +28,23 @@ from test_cross_entropy import (  # noqa: F401
     test_weights_of_the_terms_add_up,
 )
 from test_degenerate import (  # noqa: F401
+    test_a_centroid_that_all_but_vanishes,
+    test_a_term_of_weight_zero_is_left_out,
     test_absent_classes_have_zero_centroids,
     test_clusters_of_one_row_cost_nothing,
     test_extreme_logits,
     test_given_centroids_make_single_rows_count,
     test_large_labels_to_ignore,
     test_masked_classes,
+    test_no_number_beside_given_centroids,
     test_no_number_gives_no_number,
+    test_no_number_in_a_cluster_of_one,
     test_no_number_in_an_ignored_row_is_not_seen,
     test_no_row_is_kept,
     test_one_class,
     test_the_batchs_own_centroids_given_back_change_nothing,
     test_unnormalised_centroids_get_the_generalised_divergence,
+    test_zero_centroid_of_a_class_without_probability,
     test_zero_centroid_of_a_masked_class,
 )
 from test_determinism import (  # noqa: F401

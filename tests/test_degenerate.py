@@ -120,6 +120,54 @@ def test_zero_centroid_of_a_masked_class(place: Place) -> None:
     assert ck.cmi_spectrum(logits.masked_fill(logits.isinf(), 0.5), target, **kwargs) == torch.inf
 
 
+@pytest.mark.parametrize("scale", [1e3, 1e8])
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_zero_centroid_of_a_class_without_probability(
+    place: Place, dtype: torch.dtype, label: int, scale: float
+) -> None:
+    """P = Q = 0 where a logit is far below the largest, the label's or another's."""
+    place.needs(dtype)
+    logits = torch.tensor([[-1.0, 1.0, -1.0]], device=place.device, dtype=dtype) * scale
+    target = torch.tensor([label], device=place.device)
+    centroids = torch.tensor([[[0.0, 1.0, 0.0]] * 3] * 2, device=place.device, dtype=dtype)
+    kwargs = {"temperatures": [1.0, 2.0], "centroids": centroids, "backend": place.name}
+    value, gradient = value_and_grad(lambda z: ck.cmi_spectrum(z, target, **kwargs), logits)
+    assert value.count_nonzero() == 0
+    assert gradient.count_nonzero() == 0
+
+
+def test_centroids_below_the_smallest_normal_number(place: Place) -> None:
+    """Not zero, which would be infinitely far away."""
+    if place.name != "cpu":
+        pytest.skip("GPUs read them as they are, or as zero")
+    logits = torch.tensor([[0.0, -5.0, 1.0]], device=place.device)
+    centroids = torch.tensor([[[0.75, 1e-40, 0.25]] * 3], device=place.device)
+    for label in (0, 1):
+        target = torch.tensor([label], device=place.device)
+        kwargs = {"temperatures": [1.0], "centroids": centroids}
+        value = ck.cmi_spectrum(logits, target, **kwargs, backend=place.name)
+        expected = ck.cmi_spectrum(logits, target, **kwargs, backend="reference")
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("a", [1.0, 7.0, 1000.0])
+@pytest.mark.parametrize("width", [0.01, 3.0])
+def test_a_centroid_that_all_but_vanishes(place: Place, dtype: torch.dtype, a: float, width: float) -> None:
+    """Around the smallest number of the arithmetic: a probability in some rows, and none in their mean."""
+    place.needs(dtype)
+    for fall in torch.cat([torch.arange(80, 110, 0.5), torch.arange(690, 760, 0.5)]).tolist():
+        g = torch.Generator().manual_seed(int(fall * 10))
+        logits = width * torch.randn(8, 12, generator=g, dtype=torch.float64)
+        logits[:, 3:6] -= fall
+        logits, target = (logits / a).to(place.device, dtype), torch.zeros(8, dtype=torch.int64)
+        value = ck.cmi_spectrum(logits, target.to(place.device), temperatures=[1 / a], backend=place.name)
+        logits[:, 3:6] = -torch.inf
+        expected = ck.cmi_spectrum(logits, target.to(place.device), temperatures=[1 / a], backend=place.name)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("mask", [-1e4, -1e30, -3e38])
 @pytest.mark.parametrize("cmi_weight", [0.0, 1.0])
 @pytest.mark.parametrize("width", [1.0, 1e-3])
@@ -153,6 +201,49 @@ def test_no_number_gives_no_number(place: Place, bad: float, reduction: str) -> 
             assert value[target != target[5]].isfinite().all()
             assert gradient[target != target[5]].isfinite().all()
         assert gradient[5].isnan().any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_no_number_in_a_cluster_of_one(place: Place, bad: float) -> None:
+    """Its divergences are 0 where it has a softmax at all."""
+    logits, target = regime("one_row_per_class").make(device=place.device)
+    logits[5, 3] = bad
+    value, gradient = loss(place, logits, target, ce_weight=0.0, reduction="none")
+    others = torch.arange(len(target), device=place.device) != 5
+    assert value[5].isnan()
+    assert value[others].count_nonzero() == 0
+    assert gradient[5].isnan().any()
+    assert gradient[others].count_nonzero() == 0
+    assert loss(place, logits, target, ce_weight=0.0)[0].isnan()
+    assert ck.cmi_spectrum(logits, target, backend=place.name).isnan().all()
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 1.0])
+def test_no_number_beside_given_centroids(place: Place, ce_weight: float) -> None:
+    """Rows of one label have nothing to do with each other then."""
+    logits, target = regime("random").make(device=place.device)
+    centroids, _ = ck.class_centroids(logits, target, backend=place.name)
+    kwargs = {"centroids": centroids, "ce_weight": ce_weight, "reduction": "none"}
+    expected, expected_gradient = loss(place, logits, target, **kwargs)
+    logits[5] = torch.nan
+    value, gradient = loss(place, logits, target, **kwargs)
+    others = torch.arange(len(target), device=place.device) != 5
+    assert value[5].isnan()
+    torch.testing.assert_close(value[others], expected[others], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient[others], expected_gradient[others], rtol=1e-4, atol=1e-7)
+
+
+def test_a_term_of_weight_zero_is_left_out(place: Place) -> None:
+    """Also where it would be 0 / 0: the mean of the cross entropy over classes that all weigh nothing."""
+    logits, target = regime("random").make(device=place.device)
+    weight = torch.zeros(logits.shape[1], device=place.device)
+    value, gradient = loss(place, logits, target, ce_weight=0.0, weight=weight)
+    expected, expected_gradient = loss(place, logits, target, ce_weight=0.0)
+    assert torch.equal(value, expected)
+    assert torch.equal(gradient, expected_gradient)
+    assert loss(place, logits, target, weight=weight)[0].isnan()
+    assert loss(place, logits, target, weight=weight, label_smoothing=0.1)[0].isnan()
+    assert F.cross_entropy(logits, target, weight, label_smoothing=0.1).isnan()
 
 
 def test_no_number_in_an_ignored_row_is_not_seen(place: Place) -> None:

@@ -8,6 +8,7 @@ from calls import OPTIONS, Options, regime
 from conftest import Place
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cmim_kernels as ck
 
@@ -150,6 +151,37 @@ class TestTransforms:
             [torch.autograd.grad(spectrum, leaf, unit, retain_graph=True)[0] for unit in units]
         )
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-7)
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_batched_upstream_gradients_of_a_number(self, place: Place, reduction: str) -> None:
+        """As a vectorised jacobian asks for them, of the first pass and of a later one."""
+        logits, target = regime("random").make(device=place.device)
+        leaf = logits.clone().requires_grad_()
+        value = ck.fused_cmi_loss(leaf, target, reduction=reduction, backend=place.name)
+        upstream = torch.tensor([1.0, 0.5, 3.0], device=place.device)
+        for _ in range(2):
+            (result,) = torch.autograd.grad(value, leaf, upstream, is_grads_batched=True, retain_graph=True)
+            (one,) = torch.autograd.grad(value, leaf, retain_graph=True)
+            torch.testing.assert_close(result, upstream[:, None, None] * one, rtol=1e-5, atol=1e-7)
+
+    def test_vmap_over_class_weights(self, place: Place) -> None:
+        logits, target = regime("random").make(device=place.device)
+        weights = torch.rand(3, logits.shape[1], device=place.device)
+        function = lambda w: ck.fused_cmi_loss(logits, target, weight=w, backend=place.name)  # noqa: E731
+        expected = torch.stack([function(w) for w in weights])
+        torch.testing.assert_close(torch.vmap(function)(weights), expected)
+
+
+def test_backward_can_be_traced() -> None:
+    """Recorded with proxies, which have no numbers to look at."""
+    logits, target = regime("random").make()
+
+    def gradient(z: Tensor) -> Tensor:
+        leaf = z.detach().requires_grad_()
+        return torch.autograd.grad(2 * ck.fused_cmi_loss(leaf, target), leaf)[0]
+
+    traced = make_fx(gradient)(logits)
+    torch.testing.assert_close(traced(logits), gradient(logits))
 
 
 def test_a_label_out_of_range_under_a_transform_is_never_silent() -> None:

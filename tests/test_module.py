@@ -43,6 +43,19 @@ def test_buffers_move_and_are_saved() -> None:
     assert ck.CMIMLoss().state_dict() == {}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_casting_to_half_leaves_the_centroids(dtype: torch.dtype) -> None:
+    """They are held in the dtype the loss is computed in, as a bank holds them."""
+    centroids = torch.softmax(torch.randn(8, 5, 5), -1)
+    module = ck.CMIMLoss(weight=torch.rand(5), centroids=centroids).to(dtype)
+    assert module.weight is not None
+    assert module.weight.dtype == dtype
+    assert torch.equal(module.centroids, centroids)
+    logits, target = torch.randn(4, 5).to(dtype), torch.tensor([0, 1, 1, 4])
+    expected = ck.fused_cmi_loss(logits, target, weight=module.weight, centroids=centroids)
+    assert torch.equal(module(logits, target), expected)
+
+
 def test_repr_shows_the_options() -> None:
     text = repr(ck.CMIMLoss(temperatures=[1.0, 2.0], cmi_weight=3.0, reduction="sum"))
     for part in ("inverse_temperatures=[1.0, 0.5]", "cmi_weight=3.0", "reduction='sum'", "ignore_index=-100"):

@@ -51,11 +51,12 @@ struct LabelColumn {
 
   // x and upstream, and in the place of p what normalise() divides
   template <class T>
-  void exponentials(Span rows, const T* tops, T floor) {
+  void exponentials(Span rows, const T* tops) {
+    const double floor = floor_of<double>(job);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       const int64_t row = cluster.rows[i], at = row * job.row_stride + cluster.label * job.col_stride;
       const double below = element(job.logits, job.storage, at) - double(tops[i]);
-      x[i] = below < double(floor) ? double(floor) : below;
+      x[i] = below < floor ? floor : below;
       upstream[i] = job.upstream ? job.upstream[row] : 1.0;
     }
     for (int k0 = 0; k0 < Kp; k0 += D) {

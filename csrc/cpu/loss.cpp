@@ -55,6 +55,7 @@ struct Plan {
       ce_norm = 0;
       for (size_t c = 0; c < groups.labels.size(); ++c)
         ce_norm += weight(groups.labels[c]) * double(groups.count(c));
+      if (ce_norm == 0) ce_norm = std::numeric_limits<double>::quiet_NaN();  // as F.cross_entropy has it
       cmi_norm = double(groups.rows.size());
     }
     job.logits = q.logits;
@@ -224,8 +225,11 @@ void forward(const Request& q, const Pool& pool, std::vector<double>& value, voi
   }
   double ce = 0, cmi = 0;
   for (size_t at = 0; at < plan.groups.rows.size(); ++at) ce += plan.row_ce[at], cmi += plan.row_cmi[at];
-  // no kept row: 0 / 0 = NaN for the mean, as F.cross_entropy has it
-  value.assign(1, q.ce_weight * (ce / plan.ce_norm) + q.cmi_weight * (cmi / plan.cmi_norm));
+  // a term of weight zero is left out; else no kept row is 0 / 0 for the mean
+  double total = 0;
+  if (q.ce_weight != 0) total += q.ce_weight * (ce / plan.ce_norm);
+  if (q.cmi_weight != 0) total += q.cmi_weight * (cmi / plan.cmi_norm);
+  value.assign(1, total);
 }
 
 void backward(const Request& q, const Pool& pool, const std::vector<double>& upstream, void* grad,

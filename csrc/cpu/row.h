@@ -48,6 +48,13 @@ inline double element(const void* p, Storage s, int64_t i) {
 inline double entry(const Job& job, const void* p, int64_t j) {
   return job.storage == Storage::f64 ? static_cast<const double*>(p)[j] : static_cast<const float*>(p)[j];
 }
+// Of the given centroids. The kernel runs with the processor reading subnormal floats as zero, so those are
+// put together from their bits.
+inline double centroid_entry(const Job& job, int64_t at) {
+  const double q = entry(job, job.centroids, at);
+  if (q != 0 || job.storage == Storage::f64) return q;
+  return double(bits<uint32_t>(static_cast<const float*>(job.centroids)[at]) & 0x7fffff) * 0x1p-149;
+}
 inline double class_weight(const Job& job, int64_t j) {
   return job.class_weight ? entry(job, job.class_weight, j) : 1.0;
 }
@@ -206,17 +213,34 @@ struct RowSum {
   CMIM_INLINE double value() const { return total + double(sum_lanes<T>(lanes)); }
 };
 
+// A row whose divergences are 0, without a cross entropy: NaN, all of it, where the row has no softmax.
+template <class T>
+void idle_row(const Job& job, const Cluster& cluster, int64_t i, Workspace& ws) {
+  using V = Vec<T>;
+  const int64_t row = cluster.rows[i], at = cluster.position + i;
+  V nothing{};
+  if (job.has_cmi) {
+    T* const x =
+        reinterpret_cast<T*>(reserve(ws.pass, round_up(job.classes, Simd<T>::width) * int64_t(sizeof(T))));
+    const T* const z = row_values(job, row, x);
+    const T top = largest(z, job.classes);
+    each_vector(z, job.classes,
+                [&](int64_t, V v) CMIM_INLINE_LAMBDA { nothing += at_least(v - top, kVanishes<T>) * T(0); });
+  }
+  const T value = sum_lanes<T>(nothing);
+  if (job.row_ce) job.row_ce[at] = 0, job.row_cmi[at] = double(value);
+  for (int k = 0; job.kl && k < job.temperatures; ++k)
+    if (job.order[k] >= 0) job.kl[at * job.kl_stride + job.order[k]] = double(value);
+  if (job.grad) write_row<T>(job, row, [=](int64_t) { return splat<T>(value); });
+}
+
 // A row that only the cross entropy sees: a cluster of one, or no CMI at all.
 template <class T>
 void entropy_row(const Job& job, const Cluster& cluster, int64_t i, Workspace& ws) {
+  if (!job.has_ce) return idle_row<T>(job, cluster, i, ws);
   using V = Vec<T>;
   constexpr int W = Simd<T>::width;
   const int64_t row = cluster.rows[i], label = cluster.label;
-  if (!job.has_ce) {
-    if (job.row_ce) job.row_ce[cluster.position + i] = 0;
-    if (job.grad) write_row<T>(job, row, [](int64_t) { return V{}; });
-    return;
-  }
   const int64_t Cp = round_up(job.classes, W);
   T* const x = reinterpret_cast<T*>(reserve(ws.pass, Cp * int64_t(sizeof(T))));
   const T* const z = row_values(job, row, x);

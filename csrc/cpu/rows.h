@@ -169,6 +169,16 @@ struct Span {
   int64_t begin, end;
 };
 
+// Whether the softmax at temperature 1 is a term of its own
+inline bool has_own_ce(const Job& job) {
+  return job.has_ce && job.ce_index < 0;
+}
+// Of z - max z: exp(a (z - max z)) is 0 there at every temperature
+template <class T>
+T floor_of(const Job& job) {
+  return kVanishes<T> / T(has_own_ce(job) && job.a[0] > 1 ? 1.0 : job.a[0]);
+}
+
 template <class T>
 struct Rows {
   using V = Vec<T>;
@@ -261,7 +271,7 @@ struct Rows {
     });
   }
 
-  bool own_ce() const { return job.has_ce && job.ce_index < 0; }
+  bool own_ce() const { return has_own_ce(job); }
 
   // N temperatures of a row. inverse: of S_k = sum_j E^(p + k); scale: of the coefficients
   template <int N, class D>

@@ -64,7 +64,7 @@ struct RowSums : Rows<T> {
   void fill() {
     constexpr double unit = kUnit<T, kSource>;
     over_n = 1 / double(n);
-    floor = kVanishes<T> / T(this->own_ce() && job.a[0] > 1 ? 1.0 : job.a[0]);
+    floor = floor_of<T>(job);
     for (int k = 0; k < K; ++k)  // multiples stay multiples, as the powers are
       a[k] = unit != 1 && job.multiple ? T(double(T(job.base * unit)) * job.multiple[k]) : T(job.a[k] * unit);
     label.fill([&](int k) { return kCareful ? job.a[k] : double(a[k]) / unit; });
@@ -173,7 +173,7 @@ struct RowSums : Rows<T> {
   // What follows from the sums of the rows
   template <Source kSource>
   void scales(Span rows) {
-    label.exponentials(rows, tops, floor);
+    label.exponentials(rows, tops);
     by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(width)::value;
       const int64_t K = this->K;
@@ -217,6 +217,7 @@ struct RowSums : Rows<T> {
       auto mean = doubles<N>(off + k0);
       for (int64_t i = 1; i < n; ++i) mean += doubles<N>(off + i * K + k0);
       mean *= over_n * unit;
+      if (job.centroids) mean = mean - mean == 0.0 ? mean : decltype(mean){};  // rows are each for itself
       store_doubles<N>(shift + k0, kCareful ? mean : on_grid(mean));
       mean = doubles<N>(shift + k0) * (1 / unit);
       for (int64_t i = 0; i < n; ++i) store_doubles<N>(off + i * K + k0, doubles<N>(off + i * K + k0) - mean);

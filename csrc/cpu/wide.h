@@ -141,7 +141,7 @@ struct Wide : RowSums<T, kPerRow> {
   V given(int k, int64_t j) const {  // Q of temperature k at columns j ..
     const int64_t from = (int64_t(job.order[k]) * C + cluster.label) * C + j;
     V v{};
-    for (int l = 0; l < W && j + l < C; ++l) v[l] = T(entry(job, job.centroids, from + l));
+    for (int l = 0; l < W && j + l < C; ++l) v[l] = T(centroid_entry(job, from + l));
     return v;
   }
 
@@ -181,8 +181,10 @@ struct Wide : RowSums<T, kPerRow> {
               t -= constant[k];
               const V mean = load<V>(mean_of + k * kStride + j), prob = e * probability[k];
               const V positive = mean * psi(t, prob / mean);
-              // P = 0 contributes Q; with a given Q = 0 under P > 0 the divergence is infinite
-              kl[k] += prob == T(0) ? mean : mean == T(0) ? splat(T(__builtin_inf())) : positive;
+              // P = 0 contributes Q; with a given Q = 0 under P > 0 the divergence is infinite. A mean of the
+              // batch's own that vanishes does so beside a P that nearly has, and there is nothing to add.
+              const T without_mean = kGiven ? T(__builtin_inf()) : T(0);
+              kl[k] += prob == T(0) ? mean : mean == T(0) ? splat(without_mean) : positive;
             }
             if constexpr (kPerRow) t = gain * t - load<V>(rho_of + k * kStride + j);
             V pt = e * t;
@@ -213,7 +215,7 @@ struct Wide : RowSums<T, kPerRow> {
       label.template finish<kGiven>(
           off, [&](int k) { return double(this->shift[k]) / kUnit<T, kSource>; },
           [&](int k) {
-            return entry(job, job.centroids, (int64_t(job.order[k]) * C + cluster.label) * C + cluster.label);
+            return centroid_entry(job, (int64_t(job.order[k]) * C + cluster.label) * C + cluster.label);
           });
   }
 
@@ -233,7 +235,8 @@ struct Wide : RowSums<T, kPerRow> {
       return true;
     }
     if constexpr (kGiven)
-      for (int k = 0; k < K; ++k) excess[k] = given_excess(k);
+      for (int k = 0; k < K; ++k)
+        if (!given_excess(k)) return false;
     by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(width)::value;
       const int64_t K = this->K;
@@ -262,11 +265,17 @@ struct Wide : RowSums<T, kPerRow> {
     return true;
   }
 
-  double given_excess(int k) const {  // sum_j Q - 1: zero for a distribution
+  // sum_j Q - 1: zero for a distribution. False: float has no such small numbers.
+  bool given_excess(int k) {
     const int64_t from = (int64_t(job.order[k]) * C + cluster.label) * C;
     double sum = 0;
-    for (int64_t j = 0; j < C; ++j) sum += entry(job, job.centroids, from + j);
-    return sum - 1;
+    bool normal = true;
+    for (int64_t j = 0; j < C; ++j) {
+      const double q = centroid_entry(job, from + j);
+      sum += q, normal &= q == 0 || q >= double(kSmallestNormal<T>);
+    }
+    excess[k] = sum - 1;
+    return normal;
   }
 
   T* part_of(int64_t i, int k0) const { return G + (chunks_before(k0, K) * n + i) * Cp; }
