@@ -87,12 +87,12 @@ class _OwnedLoss(torch.autograd.Function):
         elif gradient is None or _without_data(grad):  # given away before
             saved = grad.new_empty(0) if gradient is None else gradient
             gradient = ctx.call[0].loss_backward(grad, saved, *_arguments(ctx.saved_tensors, ctx.call))
-        elif grad.is_cpu and not math.isfinite(grad.item()):  # scaled, rows that are ignored would not stay 0
-            saved = grad.new_empty(0)
-            gradient = ctx.call[0].loss_backward(grad, saved, *_arguments(ctx.saved_tensors, ctx.call))
-        elif not (grad.is_cpu and grad.item() == 1.0):
-            if gradient.dtype == torch.bfloat16:  # the operator knows what rounds a second time
-                gradient = ctx.call[0].loss_backward(grad, gradient, *_arguments(ctx.saved_tensors, ctx.call))
+        elif not grad.is_cpu or (scale := grad.item()) != 1.0:
+            arguments = _arguments(ctx.saved_tensors, ctx.call)
+            if grad.is_cpu and not math.isfinite(scale):  # scaled, rows that are ignored would not stay 0
+                gradient = ctx.call[0].loss_backward(grad, grad.new_empty(0), *arguments)
+            elif gradient.dtype == torch.bfloat16:  # the operator knows what rounds a second time
+                gradient = ctx.call[0].loss_backward(grad, gradient, *arguments)
             else:
                 gradient.mul_(grad)
         return gradient, None, None, None, None

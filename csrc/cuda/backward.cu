@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
 #pragma unroll 1
   for (int slot = blockIdx.x; slot < p.problem.slots; slot += gridDim.x) {
     recall_class(b, slot);
-    if (b.count < 2) continue;
+    if (b.count < 2 && !counts_alone(b.q)) continue;
     if (b.centred) find_largest_column(b);
     class_dots(b, p.backward);
   }
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
     const Share share = share_of(b, int(item / q.slots), parts);
     if (share.begin >= share.end) continue;
     if (b.centred) find_largest_column(b);
-    const bool cluster = q.has_cmi && (b.count > 1 || q.centroids);
+    const bool cluster = q.has_cmi && (b.count > 1 || counts_alone(q));
     const bool with_rho = cluster && q.reduction == kNone && !q.centroids;
     class_gradient(b, w, share, cluster, with_rho, false);
   }

@@ -31,6 +31,13 @@ __device__ inline int lanes_for_rows(int rows, int columns) {
 enum StagedFor { kMeans, kCentredMeans, kUpstream, kCentredUpstream, kGradient, kShifts, kTops, kStagedFors };
 constexpr int kSmallClass = kBatch / kGradient;  // rows
 
+// Whether a row counts that is the only one of its class. Beside a cross entropy, which shows if it has no
+// softmax, its divergence from itself does not.
+template <class A>
+__device__ inline bool counts_alone(const Problem<A>& q) {
+  return q.centroids || !q.has_ce;
+}
+
 template <class T>
 struct Block {
   using S = typename T::S;

@@ -17,7 +17,7 @@ namespace {
 // Whether the class's divergences count. Asked again rather than kept: registers are scarce.
 template <class T>
 __device__ bool is_cluster(const Block<T>& b) {
-  return b.q.has_cmi && (b.count > 1 || (b.count == 1 && b.q.centroids));
+  return b.q.has_cmi && (b.count > 1 || (b.count == 1 && counts_alone(b.q)));
 }
 
 // Which part of which slot's cluster this block is. Asked again, too. Of kernels for powers there is one.

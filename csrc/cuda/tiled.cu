@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename T::A>)
   const int lanes = vectors >= 1024 ? kThreads : vectors > kWarp ? kWarp : vectors;
   const int each = kThreads / lanes;
   // Rows that are alone in their class need the cross entropy's only.
-  const bool every = q.centroids || f.centroids;
+  const bool every = counts_alone(q) || f.centroids;
 #pragma unroll 1
   for (int at = blockIdx.x * each; at < q.rows; at += gridDim.x * each) {
     const int count = at + each < q.rows ? each : q.rows - at;
@@ -174,7 +174,7 @@ __device__ int parts_of_class(const Block<T>& b, const Forward<typename T::A>& f
 
 template <class T>
 __device__ bool alone(const Block<T>& b) {
-  return b.count == 1 && !b.q.centroids;
+  return b.count == 1 && !counts_alone(b.q);
 }
 
 template <class T>

@@ -131,6 +131,7 @@ def rows_kernel(
     tl.store(int_field(saved, N, LABEL) + p, label, mask=live)
 
     kept = kept & live
+    UNSEEN: tl.constexpr = HAS_CMI and not HAS_CE and not SOLO  # rows alone in their class have no term then
     Z, _ = bundle(logits, row_units, col_stride, C, saved, N, K, VEC)
     grid = HAS_CMI & (tl.max((kept & ((count > 1) | SOLO)).to(tl.int32), 0) > 0)  # CE alone needs no S_k
     a = tl.load(table + tl.arange(0, KC)).to(tl.float32)
@@ -143,6 +144,7 @@ def rows_kernel(
     unit = tl.zeros([R, BC], tl.float32)
     spread = tl.zeros([R, BC], tl.float32)
     weights = tl.zeros([BC], tl.float32)
+    lost = tl.zeros([R, BC], tl.int32)
     for start in range(0, C, BC):
         col = start + tl.arange(0, BC)
         z = load_block(Z, row, kept, col, VEC)
@@ -157,6 +159,8 @@ def rows_kernel(
         x = z - level[:, None]
         if HAS_CE:
             unit += tl.exp2(x * LOG2E)
+        if UNSEEN:
+            lost = lost | (z != z).to(tl.int32)
         if grid:
             sums += exponentials(x, a, base, KC, POWERS)
         if SMOOTH:
@@ -169,6 +173,9 @@ def rows_kernel(
             spread += tl.where(inside[None, :], weight[None, :] * (z - anchor[:, None]), 0.0)
 
     tl.store(field(saved, N, TOP) + p, top, mask=live)
+    if UNSEEN:  # what has no softmax is as good as a label out of range: NaN
+        without = (tl.max(lost, 1) > 0) | (tl.abs(top) == float("inf"))
+        tl.store(int_field(saved, N, LABEL) + p, -2, mask=kept & (count == 1) & without)
     if HAS_CE:
         s = tl.sum(unit, 1)
         log_s = tl.log(s)
