@@ -326,8 +326,6 @@ def _centroids(centroids: Tensor, logits: Tensor, k: int) -> Tensor:
 def _check_constant(name: str, value: Tensor, logits: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must be of shape {shape}, got {tuple(value.shape)}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if value.device != logits.device:
         raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {value.device}")
     if value.requires_grad:
@@ -348,6 +346,8 @@ def check_before_logits(name: str, value: object, shape: tuple[int | None, ...])
 
 
 def _check_values(name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     unread = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if value.is_cpu and not unread and not _known_valid(value):
         low, high = torch.aminmax(value)

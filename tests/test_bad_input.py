@@ -246,6 +246,7 @@ def test_module_refuses_at_construction() -> None:
         ("weight", [1.0], TypeError, "floating point tensor, got list"),
         ("weight", torch.ones(4, dtype=torch.int64), TypeError, "floating point tensor, got a torch.int64"),
         ("weight", -torch.ones(4), ValueError, "non-negative"),
+        ("weight", torch.ones(4).to_sparse(), TypeError, "dense tensor, got layout torch.sparse"),
         ("weight", torch.ones(4, 4), ValueError, r"shape \(C\), got \(4, 4\)"),
         ("centroids", torch.ones(3), ValueError, r"shape \(8, C, C\), got \(3,\)"),
         ("centroids", torch.ones(8, 3, 4), ValueError, r"shape \(8, C, C\), got \(8, 3, 4\)"),

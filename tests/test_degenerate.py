@@ -157,7 +157,8 @@ def test_centroids_below_the_smallest_normal_number(place: Place) -> None:
 def test_a_centroid_that_all_but_vanishes(place: Place, dtype: torch.dtype, a: float, width: float) -> None:
     """Around the smallest number of the arithmetic: a probability in some rows, and none in their mean."""
     place.needs(dtype)
-    for fall in torch.cat([torch.arange(80, 110, 0.5), torch.arange(690, 760, 0.5)]).tolist():
+    step = 6.0 if place.interpreted or place.emulated else 0.5
+    for fall in torch.cat([torch.arange(80, 110, step), torch.arange(690, 760, step)]).tolist():
         g = torch.Generator().manual_seed(int(fall * 10))
         logits = width * torch.randn(8, 12, generator=g, dtype=torch.float64)
         logits[:, 3:6] -= fall
