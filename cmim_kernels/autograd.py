@@ -85,17 +85,22 @@ class _OwnedLoss(torch.autograd.Function):
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             gradient = _reference_gradient(grad, *_arguments(ctx.saved_tensors, ctx.call))
         elif gradient is None or _without_data(grad):  # given away before
-            saved = grad.new_empty(0) if gradient is None else gradient
-            gradient = ctx.call[0].loss_backward(grad, saved, *_arguments(ctx.saved_tensors, ctx.call))
+            gradient = _computed_gradient(ctx, grad, gradient)
         elif not grad.is_cpu or (scale := grad.item()) != 1.0:
-            arguments = _arguments(ctx.saved_tensors, ctx.call)
             if grad.is_cpu and not math.isfinite(scale):  # scaled, rows that are ignored would not stay 0
-                gradient = ctx.call[0].loss_backward(grad, grad.new_empty(0), *arguments)
+                gradient = _computed_gradient(ctx, grad, None)
             elif gradient.dtype == torch.bfloat16:  # the operator knows what rounds a second time
-                gradient = ctx.call[0].loss_backward(grad, gradient, *arguments)
+                gradient = _computed_gradient(ctx, grad, gradient)
             else:
                 gradient.mul_(grad)
         return gradient, None, None, None, None
+
+
+def _computed_gradient(ctx: Any, grad: Tensor, kept: Tensor | None) -> Tensor:
+    """By the operator, from the gradient that is kept for an upstream of one, or again from the start."""
+    saved = grad.new_empty(0) if kept is None else kept
+    result: Tensor = ctx.call[0].loss_backward(grad, saved, *_arguments(ctx.saved_tensors, ctx.call))
+    return result
 
 
 def _without_data(grad: Tensor) -> bool:

@@ -303,13 +303,18 @@ def check_ignore_index(value: object) -> None:
 
 def _class_weight(weight: Tensor, logits: Tensor) -> Tensor:
     """`weight` in the compute dtype, contiguous."""
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"weight must be a floating point tensor, got {_kind(weight)}")
+    weight = _floating("weight", weight)
     compute = _compute_dtype(logits)
     if weight.dtype is torch.float64 and compute is torch.float32:
         raise TypeError(f"weight must be float32 or narrower for {logits.dtype} logits, got float64")
     _check_constant("weight", weight, logits, (logits.shape[1],))
     return weight.to(compute).contiguous()
+
+
+def _floating(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {_kind(value)}")
+    return value
 
 
 def _centroids(centroids: Tensor, logits: Tensor, k: int) -> Tensor:
@@ -335,11 +340,9 @@ def _check_constant(name: str, value: Tensor, logits: Tensor, shape: tuple[int, 
 
 def check_before_logits(name: str, value: object, shape: tuple[int | None, ...]) -> None:
     """What can be said of `weight` or `centroids` before there are logits; None stands for C in `shape`."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {_kind(value)}")
-    free = {got for got, wanted in zip(value.shape, shape, strict=False) if wanted is None}
-    fits = all(wanted in (None, got) for got, wanted in zip(value.shape, shape, strict=False))
-    if value.dim() != len(shape) or len(free) != 1 or not fits:
+    value = _floating(name, value)
+    c = value.shape[-1] if value.dim() else None
+    if tuple(value.shape) != tuple(c if size is None else size for size in shape):
         wanted = ", ".join("C" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must be of shape ({wanted}), got {tuple(value.shape)}")
     _check_values(name, value)
