@@ -28,6 +28,8 @@ struct LabelColumn {
   double* rest;                 // (n, Kp) kApart: 1 - p, without the cancellation
   double *log_q, *rho;          // (Kp) of the centroid; R/Q
   double *x, *p_ce, *upstream;  // (n) logit less the row's largest; its softmax at temperature 1
+  double* lead;                 // (n) the row's largest less what the caller's exponentials are relative to
+  double* others;               // (n, Kp) kApart: exp(-a_k lead)
 
   LabelColumn(const Job& j, const Cluster& cl)
       : job(j), cluster(cl), n(cl.count), Kp(int(round_up(j.temperatures, D))) {}
@@ -36,7 +38,8 @@ struct LabelColumn {
     for (double** of_row : {&p, &t, &mean}) layout.take(*of_row, n * Kp);
     layout.take(rest, kApart ? n * Kp : 0);
     for (double** of_all : {&a, &coeff, &log_q, &rho}) layout.take(*of_all, Kp);
-    for (double** one : {&x, &p_ce, &upstream}) layout.take(*one, n);
+    layout.take(others, kApart ? n * Kp : 0);
+    for (double** one : {&x, &p_ce, &upstream, &lead}) layout.take(*one, n);
   }
   template <class F>
   void fill(F&& inverse_temperature) {
@@ -49,53 +52,57 @@ struct LabelColumn {
   // of the exponential's series: a relative error of 1e-11 in float, which x = 0 does not have
   static constexpr int kTerms = kApart ? 7 : 12;
 
-  // x and upstream, and in the place of p what normalise() divides
+  // x, lead and upstream, and in the place of p what normalise() divides
   template <class T>
   void exponentials(Span rows, const T* tops) {
     const double floor = floor_of<double>(job);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       const int64_t row = cluster.rows[i], at = row * job.row_stride + cluster.label * job.col_stride;
-      const double below = element(job.logits, job.storage, at) - double(tops[i]);
-      x[i] = below < floor ? floor : below;
+      const double ahead = element(job.logits, job.storage, at) - double(tops[i]);
+      x[i] = ahead < floor ? floor : ahead > 0 ? 0 : ahead;
+      lead[i] = ahead > 0 ? ahead : 0;
       upstream[i] = job.upstream ? job.upstream[row] : 1.0;
     }
     for (int k0 = 0; k0 < Kp; k0 += D) {
       const V ak = load<V>(a + k0);
       for (int64_t i = rows.begin; i < rows.end; ++i) {
-        store(p + i * Kp + k0, exp_nonpositive<kTerms>(ak * x[i]));
+        const V less = exp_nonpositive<kTerms>(ak * (x[i] - lead[i]));  // one of them is zero
+        const bool first = kApart && lead[i] > 0;
+        store(p + i * Kp + k0, first ? splat(1.0) : less);
+        if constexpr (kApart) store(others + i * Kp + k0, first ? less : splat(1.0));
         store(mean + i * Kp + k0, V{});
       }
     }
   }
-  // N temperatures of a row. sums (N): S_k, which lacks the label and gets it here where kApart. Returns 1 /
-  // S_k.
+  // N temperatures of a row. sums (N): the caller's S_k, which become those of the whole row, relative to its
+  // largest logit, where kApart. Returns what the caller's exponentials are multiplied by to give P.
   template <int N>
   CMIM_INLINE auto normalise(int64_t i, int k0, double* sums) {
     const int64_t at = i * Kp + k0;
     auto sum = doubles<N>(sums);
+    if constexpr (kApart) sum *= doubles<N>(others + at);
     const auto own = doubles<N>(p + at), without = sum;
     if constexpr (kApart) store_doubles<N>(sums, sum += own);
     const auto inverse = 1.0 / sum;  // once: processors divide slowly
     if constexpr (kApart) store_doubles<N>(rest + at, without * inverse);
     store_doubles<N>(p + at, own * inverse);
-    return inverse;
+    if constexpr (kApart)
+      return inverse * doubles<N>(others + at);
+    else
+      return inverse;
   }
-  // p_ce, after the row's temperatures. s_ce: S at temperature 1, which gets the label where kApart; not
-  // looked at where that is one of the temperatures.
-  CMIM_INLINE void normalise_one(int64_t i, double& s_ce) {
-    if (!job.has_ce) return;
-    if (job.ce_index >= 0) {
-      p_ce[i] = p[i * Kp + job.ce_index];
-    } else {
-      const double at_one = exp_nonpositive<kTerms>(splat<double>(x[i]))[0];
-      if constexpr (kApart) s_ce += at_one;
-      p_ce[i] = at_one / s_ce;
-    }
+  // The same for temperature 1, where that is a term of its own.
+  CMIM_INLINE double normalise_one(int64_t i, double& s_ce) {
+    const double less = exp_nonpositive<kTerms>(splat<double>(x[i] - lead[i]))[0];
+    const bool first = kApart && lead[i] > 0;
+    if constexpr (kApart) s_ce = first ? s_ce * less + 1 : s_ce + less;
+    p_ce[i] = (first ? 1 : less) / s_ce;
+    return (first ? less : 1) / s_ce;
   }
 
-  // log_sums (n, K): log S_k less shift(k); given(k): the centroid's entry where it is given. For float.
-  template <bool kGiven, class H, class F>
-  void finish(const double* log_sums, H&& shift, F&& given) {
+  // log_sums (n, K): log S_k; given(k): the centroid's entry where it is given. For float.
+  template <bool kGiven, class F>
+  void finish(const double* log_sums, F&& given) {
     const int K = job.temperatures;
     for (int k0 = 0; k0 < Kp; k0 += D) {
       V q{};
@@ -109,7 +116,6 @@ struct LabelColumn {
       store(log_q + k0, q == 0.0 ? splat<double>(kGiven ? -__builtin_inf() : 0.0)
                                  : log_positive<false, kApart ? 7 : 11>(q));
     }
-    for (int k = 0; k < K; ++k) log_q[k] += shift(k);
     set_t(log_sums);
   }
   // In double: log_q (K) with its shift, and rho (K), as every other column had them, so that whatever their

@@ -365,6 +365,21 @@ CMIM_INLINE T largest(const T* z, int64_t C) {
   each_vector(z + j, C - j, [&](int64_t, Vec<T> v) CMIM_INLINE_LAMBDA { best[0] = vmax<T>(v, best[0]); });
   return max_lanes<T>(vmax<T>(vmax<T>(best[0], best[1]), vmax<T>(best[2], best[3])));
 }
+// The same without number `l`
+inline float largest_but(const float* z, int64_t C, int64_t l) {
+  constexpr int W = Simd<float>::width;
+  const bool few = C <= 4 * W;
+  const int64_t begin = few ? 0 : l / W * W, end = few || begin + W > C ? C : begin + W;
+  Vec<float> best = splat(-__builtin_inff());
+  each_vector(z + begin, end - begin, [&](int64_t j, Vec<float> v) CMIM_INLINE_LAMBDA {
+    best = vmax<float>(with_entry(v, l - begin - j, -__builtin_inff()), best);
+  });
+  const float near = max_lanes<float>(best);
+  if (few) return near;
+  const float before = largest(z, begin), after = largest(z + end, C - end);
+  const float apart = before > after ? before : after;
+  return near > apart ? near : apart;
+}
 
 }  // namespace
 }  // namespace cmim::cpu

@@ -1,4 +1,5 @@
-// The first pass over an uncentred cluster: for each row X = z - max z, exponentials, and their sums S_k.
+// The first pass over an uncentred cluster: for each row X = z less a constant, exponentials, and their sums
+// S_k.
 #pragma once
 
 #include "label.h"
@@ -17,14 +18,15 @@ struct RowSums : Rows<T> {
   static constexpr bool kCareful = sizeof(T) == 8;
 
   V* acc;           // (n, K) sums in lanes: for S, then of P t
-  double* off;      // (n, K) S, then log S less its mean over the rows
+  double* off;      // (n, K) S relative to the row's largest logit, then its logarithm: see centre()
   T *mix, *mix_up;  // (n, K) weight of the row's exponentials in Q, and in R
-  T *shift, *up;    // (K) mean of log S, in the base of the exponentials; (n) upstream gradient
-  T* tops;          // (n) largest logit
+  T *shift, *up;    // (K) mean of log sum exp(a X), in the base of the exponentials; (n) upstream gradient
+  T* tops;          // (n) what X is relative to: see reference()
   T* starts;  // (chunks, n, Cp) of a chain, exp(a X) of the chunk's first a, but where that is E: a high
               // power of E would carry its rounding that many times over
   T* one;     // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
   double* sums_one;  // (n) its sum
+  T* ahead;          // (n) the label's logit less the largest other, 0 where it is none
   LabelColumn<kPerRow, !kCareful> label;
   double over_n;  // 1 / n
   T floor;        // of X: exp(a X) is 0 there at every temperature
@@ -38,6 +40,7 @@ struct RowSums : Rows<T> {
     layout.take(shift, K), layout.take(up, n), layout.take(tops, n);
     layout.take(starts, source == Source::chain ? (chunks_before(K, K) - skipped()) * n * Cp : 0);
     layout.take(one, this->own_ce() ? n * Cp : 0), layout.take(sums_one, n);
+    layout.take(ahead, kCareful ? 0 : n);
     label.place(layout);
   }
   static Source choose(const Job& j, const Cluster& cl) {
@@ -74,14 +77,34 @@ struct RowSums : Rows<T> {
   // ends in a chain of operations that use each other's results.
   template <Source kSource>
   void prepare(const Team& team) {
+    reference(team);
     this->by_block(team, [&](Span rows) {
-      for (int64_t i = rows.begin; i < rows.end; ++i)
-        tops[i] = largest(row_values(job, cluster.rows[i], X + i * Cp), C);
       this->own_ce() ? exponentials<kSource, true>(rows) : exponentials<kSource, false>(rows);
       sum_rows<kSource>(rows);
       this->flush(rows, acc, off);
       scales<kSource>(rows);
     });
+  }
+
+  // tops, what X is relative to: the largest logit, in float less what the label is ahead of all others by in
+  // every row. Beside a label that is far ahead, X of the others would be large numbers that are nearly the
+  // same in all rows, and t their difference. (Not with given centroids: where they are 0, t is infinite, and
+  // must not meet a factor of the row that has vanished.)
+  void reference(const Team& team) {
+    const bool own_centroids = !kCareful && !job.centroids;
+    this->by_block(team, [&](Span rows) {
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const T* const z = row_values(job, cluster.rows[i], X + i * Cp);
+        tops[i] = largest(z, C);
+        if constexpr (!kCareful)
+          if (own_centroids)
+            ahead[i] = z[cluster.label] < tops[i] ? T(0) : tops[i] - largest_but(z, C, cluster.label);
+      }
+    });
+    if (!own_centroids) return;
+    T least = -floor;  // all others vanish
+    for (int64_t i = 0; i < n; ++i) least = ahead[i] < least ? ahead[i] : least;
+    for (int64_t i = 0; i < n; ++i) tops[i] -= least;
   }
 
   // X, E of a chain, and `one` with its sum where kOwn
@@ -186,12 +209,17 @@ struct RowSums : Rows<T> {
         if constexpr (kPerRow) store_doubles<N>(mix_up + i * K + k0, mean * upstream);
       }
     });
-    const bool own_ce = this->own_ce(), apart = own_ce || !job.has_ce;
+    const bool own_ce = this->own_ce();
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      double s_ce = own_ce ? sums_one[i] : 0;
-      label.normalise_one(i, s_ce);
-      r_ce[i] = !job.has_ce ? T(0) : T(1 / (own_ce ? s_ce : off[i * K + job.ce_index]));
-      if (apart) this->set_entropy(i, job.has_ce ? __builtin_log(s_ce) : 0, double(tops[i]));
+      if (own_ce) {
+        r_ce[i] = T(label.normalise_one(i, sums_one[i]));
+        set_entropy(i, __builtin_log(sums_one[i]));
+      } else if (job.has_ce) {
+        r_ce[i] = r[i * K + job.ce_index], label.p_ce[i] = label.p[i * label.Kp + job.ce_index];
+      } else {
+        r_ce[i] = 0;
+        set_entropy(i, 0);
+      }
       up[i] = T(label.upstream[i]);
     }
   }
@@ -204,23 +232,29 @@ struct RowSums : Rows<T> {
     return (shift + kRounds) - kRounds;
   }
 
-  // off holds S; it becomes the deviation of log S from its mean over the cluster
+  void set_entropy(int64_t i, double log_sum) {
+    Base::set_entropy(i, log_sum, double(tops[i]) + label.lead[i]);
+  }
+
+  // off holds S and becomes log S, in double less the shift
   template <Source kSource>
   void centre() {
     for (int64_t at = 0; at < n * K; at += Simd<double>::width)
       store(off + at, log_positive<false, kCareful ? 11 : 7>(load<Vec<double>>(off + at)));
     if (job.has_ce && job.ce_index >= 0)
-      for (int64_t i = 0; i < n; ++i) this->set_entropy(i, off[i * K + job.ce_index], double(tops[i]));
+      for (int64_t i = 0; i < n; ++i) set_entropy(i, off[i * K + job.ce_index]);
     by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(width)::value;
       constexpr double unit = kUnit<T, kSource>;
-      auto mean = doubles<N>(off + k0);
-      for (int64_t i = 1; i < n; ++i) mean += doubles<N>(off + i * K + k0);
+      const auto ak = doubles<N>(label.a + k0);
+      auto mean = doubles<N>(off + k0) + ak * label.lead[0];
+      for (int64_t i = 1; i < n; ++i) mean += doubles<N>(off + i * K + k0) + ak * label.lead[i];
       mean *= over_n * unit;
       if (job.centroids) mean = mean - mean == 0.0 ? mean : decltype(mean){};  // rows are each for itself
       store_doubles<N>(shift + k0, kCareful ? mean : on_grid(mean));
-      mean = doubles<N>(shift + k0) * (1 / unit);
-      for (int64_t i = 0; i < n; ++i) store_doubles<N>(off + i * K + k0, doubles<N>(off + i * K + k0) - mean);
+      if constexpr (kCareful)
+        for (int64_t i = 0; i < n; ++i)
+          store_doubles<N>(off + i * K + k0, doubles<N>(off + i * K + k0) - mean);
     });
   }
 };

@@ -1,6 +1,7 @@
 // A cluster from its logits as they are, in float or double.
 //
-//   prepare()            X = z - max z, E = exp(base X), S_k = sum exp(a_k X), the cross entropy
+//   prepare()            X = z less a constant of the row, E = exp(base X), S_k = sum exp(a_k X), the cross
+//                        entropy
 //   centroid(tile)       L_k = log Q_k, shifted by the mean over the rows of log S_k, which keeps t small
 //   accumulate(rows)     t = a_k X - L_k = log(P/Q) up to a constant of the row;  H_k = sum_j P t;
 //                        G = sum_k c_k P t
@@ -11,10 +12,10 @@
 // by in tiles that stay in the first-level cache between centroid and accumulate. G and what is taken from it
 // nearly cancel where one class has most of a row's probability: sums over temperatures are by pairs.
 //
-// In float, t carries the rounding of numbers of the size of the logits: enough where the rows differ
-// visibly. The label's column is left out of E, and its part of every sum comes in double from label.h. A
-// cluster that float cannot resolve even so is done again in double, where KL is summed as Q psi(t), which
-// never cancels.
+// In float, t carries the rounding of numbers of the size of X: enough where the rows differ visibly. The
+// label's column is left out of E, and its part of every sum comes in double from label.h; where it is ahead
+// of the others in all rows, X is relative to them. A cluster that float cannot resolve even so is done again
+// in double, where KL is summed as Q psi(t), which never cancels.
 #pragma once
 
 #include "sums.h"
@@ -207,16 +208,13 @@ struct Wide : RowSums<T, kPerRow> {
     if constexpr (kCareful) this->flush(rows, kl_acc, kl_sum);
   }
 
-  template <Source kSource>
   void finish_label() {
     if constexpr (kCareful)
       label.finish(off, log_label, rho_label);
     else
-      label.template finish<kGiven>(
-          off, [&](int k) { return double(this->shift[k]) / kUnit<T, kSource>; },
-          [&](int k) {
-            return centroid_entry(job, (int64_t(job.order[k]) * C + cluster.label) * C + cluster.label);
-          });
+      label.template finish<kGiven>(off, [&](int k) {
+        return centroid_entry(job, (int64_t(job.order[k]) * C + cluster.label) * C + cluster.label);
+      });
   }
 
   // q, what P_k is multiplied by in the gradient, of every row; in float also KL, which takes the place of
@@ -240,11 +238,12 @@ struct Wide : RowSums<T, kPerRow> {
     by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(width)::value;
       const int64_t K = this->K;
+      const auto ak = doubles<N>(label.a + k0), shift = doubles<N>(this->shift + k0) * (1 / unit);
       decltype(doubles<N>(off)) sum_kl{}, sum_rest{};
       for (int64_t i = 0; i < n; ++i) {
         const int64_t at = i * K + k0, of_label = i * label.Kp + k0;
         const auto rest = doubles<N>(label.rest + of_label), p = doubles<N>(label.p + of_label);
-        const auto constant = doubles<N>(off + at);
+        const auto constant = doubles<N>(off + at) + ak * label.lead[i] - shift;
         auto own = p * doubles<N>(label.t + of_label);
         own = p == 0.0 ? decltype(own){} : own;  // a given Q = 0 under P = 0
         // sum_j P log(P/Q): the other columns' t lacks the constant of the row
@@ -340,7 +339,7 @@ struct Wide : RowSums<T, kPerRow> {
         team, [&](int64_t t) { centroid<kSource>(t); },
         [&](Span rows, int64_t t) { accumulate<kSource>(rows, t); });
     this->by_block(team, [&](Span rows) { flush_rows(rows); });
-    finish_label<kSource>();
+    finish_label();
     if (!divergences<kSource>()) return false;
     this->by_block(team, [&](Span rows) {
       this->report(rows, kCareful ? kl_sum : off);
