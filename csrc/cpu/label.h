@@ -13,8 +13,8 @@
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
-// kPerRow: t is g_i t - R/Q, see wide.h. kApart: the caller's sums leave the label out.
-template <bool kPerRow, bool kApart>
+// kApart: the caller's sums leave the label out.
+template <bool kApart>
 struct LabelColumn {
   using V = Vec<double>;
   static constexpr int D = Simd<double>::width;
@@ -33,6 +33,9 @@ struct LabelColumn {
 
   LabelColumn(const Job& j, const Cluster& cl)
       : job(j), cluster(cl), n(cl.count), Kp(int(round_up(j.temperatures, D))) {}
+
+  // t is g_i t - R/Q, see wide.h
+  bool per_row() const { return !kApart && has_own_upstreams(job); }
 
   void place(Layout& layout) {
     for (double** of_row : {&p, &t, &mean}) layout.take(*of_row, n * Kp);
@@ -123,7 +126,7 @@ struct LabelColumn {
   void finish(const double* log_sums, const double* log_q_of_tile, const double* rho_of_tile) {
     for (int k = 0; k < job.temperatures; ++k) {
       log_q[k] = log_q_of_tile[k];
-      if constexpr (kPerRow) rho[k] = rho_of_tile[k];
+      if (per_row()) rho[k] = rho_of_tile[k];
     }
     set_t(log_sums);
   }
@@ -139,7 +142,7 @@ struct LabelColumn {
         else
           for (int k = k0; k < K; ++k) of_row[k - k0] = log_sums[i * K + k];
         V value = ak * x[i] - log_qk - of_row;
-        if constexpr (kPerRow) value = upstream[i] * value - load<V>(rho + k0);
+        if (per_row()) value = upstream[i] * value - load<V>(rho + k0);
         store(t + i * Kp + k0, value);
       }
     }
@@ -155,7 +158,7 @@ struct LabelColumn {
       sum += pi == 0.0 ? V{} : part;
     }
     double value = sum_lanes<double>(sum);
-    if (!kPerRow) value *= upstream[i];
+    if (!per_row()) value *= upstream[i];
     if (!job.has_ce) return value;
     return value + (e.probability * p_ce[i] - e.one_hot - e.smooth * class_weight(job, cluster.label));
   }

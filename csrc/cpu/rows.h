@@ -173,6 +173,10 @@ struct Span {
 inline bool has_own_ce(const Job& job) {
   return job.has_ce && job.ce_index < 0;
 }
+// Whether every row has an upstream gradient of its own, and the path through the centroid does not cancel
+inline bool has_own_upstreams(const Job& job) {
+  return job.upstream && !job.centroids;
+}
 // Of z - max z: exp(a (z - max z)) is 0 there at every temperature
 template <class T>
 T floor_of(const Job& job) {

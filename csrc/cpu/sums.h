@@ -8,7 +8,7 @@
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
-template <class T, bool kPerRow>
+template <class T>
 struct RowSums : Rows<T> {
   using Base = Rows<T>;
   using Base::a, Base::C, Base::cluster, Base::cols, Base::Cp, Base::E, Base::job, Base::K, Base::n, Base::r,
@@ -27,7 +27,7 @@ struct RowSums : Rows<T> {
   T* one;     // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
   double* sums_one;  // (n) its sum
   T* ahead;          // (n) the label's logit less the largest other, 0 where it is none
-  LabelColumn<kPerRow, !kCareful> label;
+  LabelColumn<!kCareful> label;
   double over_n;  // 1 / n
   T floor;        // of X: exp(a X) is 0 there at every temperature
 
@@ -36,13 +36,14 @@ struct RowSums : Rows<T> {
     Base::place(layout);
     layout.take(acc, n * K);
     layout.take(off, n * K + Simd<double>::width);
-    layout.take(mix, n * K), layout.take(mix_up, kPerRow ? n * K : 0);
+    layout.take(mix, n * K), layout.take(mix_up, per_row() ? n * K : 0);
     layout.take(shift, K), layout.take(up, n), layout.take(tops, n);
     layout.take(starts, source == Source::chain ? (chunks_before(K, K) - skipped()) * n * Cp : 0);
     layout.take(one, this->own_ce() ? n * Cp : 0), layout.take(sums_one, n);
     layout.take(ahead, kCareful ? 0 : n);
     label.place(layout);
   }
+  bool per_row() const { return label.per_row(); }
   static Source choose(const Job& j, const Cluster& cl) {
     if (j.power0 > 0) return Source::chain;
     return cl.count * j.classes * j.temperatures * int64_t(sizeof(T)) <= kStoredBytes ? Source::stored
@@ -203,10 +204,10 @@ struct RowSums : Rows<T> {
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const auto inverse = label.template normalise<N>(i, k0, off + i * K + k0);  // S until centre()
         const double upstream = label.upstream[i];
-        this->template set_scales<N>(i, k0, inverse, (kPerRow ? 1.0 : upstream) / kUnit<T, kSource>);
+        this->template set_scales<N>(i, k0, inverse, (per_row() ? 1.0 : upstream) / kUnit<T, kSource>);
         const auto mean = inverse * over_n;
         store_doubles<N>(mix + i * K + k0, mean);
-        if constexpr (kPerRow) store_doubles<N>(mix_up + i * K + k0, mean * upstream);
+        if (per_row()) store_doubles<N>(mix_up + i * K + k0, mean * upstream);
       }
     });
     const bool own_ce = this->own_ce();

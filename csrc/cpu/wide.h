@@ -18,7 +18,7 @@
 // in double, where KL is summed as Q psi(t), which never cancels.
 #pragma once
 
-#include "sums.h"
+#include "gradient.h"
 
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
@@ -35,8 +35,8 @@ constexpr T kSmallestNormal = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
 // of its own, so that the path through the centroid does not cancel: t becomes h = g_i t - R/Q
 // (docs/math.md).
 template <class T, bool kGiven, bool kPerRow>
-struct Wide : RowSums<T, kPerRow> {
-  using Base = RowSums<T, kPerRow>;
+struct Wide : UncentredGradient<T> {
+  using Base = UncentredGradient<T>;
   using Base::a, Base::acc, Base::c, Base::C, Base::cluster, Base::cols, Base::Cp, Base::job, Base::K,
       Base::kCareful;
   using Base::kStride, Base::label, Base::mix, Base::mix_up, Base::n, Base::off, Base::one, Base::q, Base::r;
@@ -49,7 +49,6 @@ struct Wide : RowSums<T, kPerRow> {
   double *all_kl, *all_rest;  // (K) sums over the rows of KL and of 1 - p at the label
   T *log_label, *rho_label;   // (K) L and rho at the label
   T *L, *Q, *rho;             // (slots, K, kStride)
-  T* G;                       // (chunks, n, Cp) sum_k c_k P t of the chunk's temperatures
 
   Wide(const Job& j, const Cluster& cl, bool whole, Workspace& ws) : Base(j, cl, whole) {
     lay_out(ws.pass, [&](Layout& layout) { place(layout); });
@@ -63,7 +62,6 @@ struct Wide : RowSums<T, kPerRow> {
     layout.take(log_label, kCareful ? K : 0), layout.take(rho_label, kPerRow ? K : 0);
     layout.take(L, slots * K * kStride), layout.take(Q, kCareful ? slots * K * kStride : 0);
     layout.take(rho, kPerRow ? slots * K * kStride : 0);
-    layout.take(G, job.grad ? chunks_before(K, K) * n * Cp : 0);
   }
   void clear_sums(Span rows) {
     for (int64_t at = rows.begin * K; at < rows.end * K; ++at) {
@@ -156,7 +154,7 @@ struct Wide : RowSums<T, kPerRow> {
       const T *const l = table(L, k0, tile), *const mean_of = table(Q, k0, tile);
       const T* const rho_of = table(rho, k0, tile);
       const T* const firsts = this->template first_of<kSource>(k0);
-      T* const parts = part_of(0, k0);
+      T* const parts = this->part_of(0, k0);
       const bool wanted = job.grad;
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const int64_t at = i * K + k0;
@@ -277,57 +275,6 @@ struct Wide : RowSums<T, kPerRow> {
     return normal;
   }
 
-  T* part_of(int64_t i, int k0) const { return G + (chunks_before(k0, K) * n + i) * Cp; }
-
-  // The rows' gradients: G - sum_k q_k E^(p + k), chunk by chunk, and the cross entropy's.
-  template <Source kSource>
-  void write(Span rows) {
-    const bool own_ce = this->own_ce(), carried = job.carried;
-    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(chunk)::value;
-      const int64_t Cp = this->Cp, K = this->K;
-      const bool last = k0 + N == K;
-      const T *const firsts = this->template first_of<kSource>(k0), *const parts = part_of(0, k0);
-      T* const sums = part_of(0, 0);  // of the chunks so far
-      RowEntropy e{};                 // of all rows alike, but for their upstream gradients
-      for (int64_t i = rows.begin; i < rows.end; ++i) {
-        const int64_t row = cluster.rows[i];
-        if (i == rows.begin || job.upstream) e = row_entropy(job, row, cluster.label);
-        const T soft = job.has_ce ? T(e.probability) * r_ce[i] : T(0);
-        T* const sum = sums + i * Cp;
-        if (k0 == 0) {
-          if (job.has_ce && !own_ce) q[i * K + job.ce_index] -= soft;
-          subtract_smooth(job, e, sum);
-        }
-        V qi[N];
-        for (int k = 0; k < N; ++k) qi[k] = splat<T>(q[i * K + k0 + k]);
-        const T *const from = this->template place_of<kSource>(i, k0), *const ak = a + k0;
-        const T *const first = firsts + i * Cp, *const g = parts + i * Cp, *const at_one = one + i * Cp;
-        auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
-          V v = load<V>(g + j);
-          if constexpr (kSource == Source::chain) {
-            v -= polynomial<T, N>(load<V>(from + j), qi) * load<V>(first + j);
-          } else {
-            auto ex = Exponentials<kSource, T>{from, first, ak}.at(this->template column<kSource>(j), j);
-            SumOfProducts<T, N> taken;
-            for (int k = 0; k < N; ++k) taken.add(k, qi[k], ex.at(k));
-            v -= taken.total();
-          }
-          if (k0 > 0) v += load<V>(sum + j);
-          if (last && own_ce) v += soft * load<V>(at_one + j);
-          if (last && carried) v += carried_at<T>(job, i, j);
-          return v;
-        };
-        if (last) {
-          write_row<T>(job, row, value);
-          write_entry<T>(job, row, cluster.label, label.entry(i, e) + (carried ? job.carried_label[i] : 0));
-        } else {
-          for (int64_t j = 0; j < Cp; j += W) store(sum + j, value(j));
-        }
-      }
-    });
-  }
-
   // Returns false, with no gradient written, when the cluster has to be done again in double.
   template <Source kSource>
   bool run(const Team& team) {
@@ -343,7 +290,7 @@ struct Wide : RowSums<T, kPerRow> {
     if (!divergences<kSource>()) return false;
     this->by_block(team, [&](Span rows) {
       this->report(rows, kCareful ? kl_sum : off);
-      if (job.grad) write<kSource>(rows);
+      if (job.grad) this->template write<kSource>(rows);
     });
     return true;
   }
