@@ -3,12 +3,15 @@
     backend = emulated()              # serves CPU tensors in place of cmim_kernels.backends.cuda
     with settings(order=1): ...       # threads and blocks in descending order
 
-It takes some ten seconds to compile, once in a process.
+It takes half a minute to compile, once for a state of the sources: build/cuda_emulator keeps the last one,
+also for the processes that share the tests out.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -51,37 +54,54 @@ def run(command: Sequence[str]) -> str:
     return done.stdout + done.stderr
 
 
-def build(folder: Path, extra: Sequence[str] = ()) -> Path:
+def compiled(folder: Path) -> Path:
+    """The library, with what it is made of, in an empty folder."""
     sources = sorted((ROOT / "csrc/cuda").glob("*.cpp")) + sorted((ROOT / "csrc/cuda").glob("*.cu"))
     sources += [EMULATOR / "emulator.cpp"]
 
     def compile_one(source: Path) -> str:
         target = str(folder / f"{source.name}.o")
         torch_flags = TORCH_FLAGS if source.name == "binding.cpp" else []
-        run([compiler(), *FLAGS, *extra, *torch_flags, "-x", "c++", "-c", str(source), "-o", target])
+        run([compiler(), *FLAGS, *torch_flags, "-x", "c++", "-c", str(source), "-o", target])
         return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     library = folder / "libcmim_emulated.so"
-    run([compiler(), "-shared", *extra, *objects, "-o", str(library), f"-L{TORCH / 'lib'}", "-ltorch_cpu"])
+    run([compiler(), "-shared", *objects, "-o", str(library), f"-L{TORCH / 'lib'}", "-ltorch_cpu"])
+    return library
+
+
+def up_to_date() -> Path:
+    """The library of these sources, flags and compiler on this processor; one process compiles, all wait."""
+    made_of = hashlib.sha256(repr((FLAGS, TORCH_FLAGS, str(TORCH), torch.__version__)).encode())
+    made_of.update(run([compiler(), *FLAGS, "-E", "-dM", "-x", "c", "/dev/null"]).encode())
+    for folder in (ROOT / "csrc", EMULATOR):
+        for source in sorted(path for path in folder.rglob("*") if path.is_file()):
+            made_of.update(source.read_bytes())
+    kept = ROOT / "build" / "cuda_emulator"
+    kept.mkdir(parents=True, exist_ok=True)
+    library = kept / f"{made_of.hexdigest()}.so"
+    with (kept / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            for old in kept.glob("*.so"):
+                old.unlink()
+            with tempfile.TemporaryDirectory() as folder:
+                shutil.move(compiled(Path(folder)), library)
     return library
 
 
 @cache
 def emulated() -> SimpleNamespace:
     """What `cmim_kernels.backends.cuda` is on a machine with a device, for CPU tensors."""
-    folder = Path(tempfile.mkdtemp(prefix="cmim_emulated_"))
-    try:
-        library = build(folder)
-        native = ctypes.CDLL(str(library))
-        definitions = torch.library.Library("cmim_emulated", "FRAGMENT")
-        for name in ("loss", "loss_backward", "class_centroids"):
-            schema = str(getattr(torch.ops.cmim_kernels, name).default._schema)
-            definitions.define(schema.removeprefix("cmim_kernels::"))
-        torch.ops.load_library(str(library))
-    finally:
-        shutil.rmtree(folder)
+    library = str(up_to_date())
+    native = ctypes.CDLL(library)
+    definitions = torch.library.Library("cmim_emulated", "FRAGMENT")
+    for name in ("loss", "loss_backward", "class_centroids"):
+        schema = str(getattr(torch.ops.cmim_kernels, name).default._schema)
+        definitions.define(schema.removeprefix("cmim_kernels::"))
+    torch.ops.load_library(library)
     operators = torch.ops.cmim_emulated
     return SimpleNamespace(
         NAME="cuda",
