@@ -40,7 +40,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             if regime.name not in kinds:
                 continue
             results = []
-            for seed in range(4):  # pooled: one lucky rounding of the plain formulation decides nothing
+            for seed in range(2):  # pooled: one lucky rounding of the plain formulation decides nothing
                 z, y = regime.make(dtype, seed=seed)
                 call = (spectrum.inverse_temperatures, spectrum.weights, None, None, 1.0, 1.0, 0.1, -100, 1)
                 value, saved = cpu.loss(z, y, *call, True)

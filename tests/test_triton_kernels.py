@@ -31,36 +31,39 @@ def many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "NARROW", 16)
 
 
+ROWS = 80  # five times as many as make a large cluster
+
+
 @pytest.mark.usefixtures("many_rows")
 @pytest.mark.parametrize("width", [1.5, 1e-3], ids=["wide", "collapsed"])
 class TestLargeClusters:
     def test_mean(self, width: float) -> None:
-        logits, target = clusters(width)
+        logits, target = clusters(width, n=ROWS)
         check(logits, arguments(target, ce_weight=0.0))
         check(logits, arguments(target, label_smoothing=0.1))
 
     def test_rows(self, width: float) -> None:
-        logits, target = clusters(width)
-        check(logits, arguments(target, NONE), torch.randn(150))
+        logits, target = clusters(width, n=ROWS)
+        check(logits, arguments(target, NONE), torch.randn(ROWS))
 
     def test_rows_without_cross_entropy(self, width: float) -> None:
-        logits, target = clusters(width)
-        check_norm(logits, arguments(target, NONE, ce_weight=0.0), torch.randn(150))
+        logits, target = clusters(width, n=ROWS)
+        check_norm(logits, arguments(target, NONE, ce_weight=0.0), torch.randn(ROWS))
 
     def test_spectrum(self, width: float) -> None:
-        logits, target = clusters(width)
+        logits, target = clusters(width, n=ROWS)
         check(logits, arguments(target, SPECTRUM), torch.rand(8))
 
     def test_given_centroids(self, width: float) -> None:
-        logits, target = clusters(width)
+        logits, target = clusters(width, n=ROWS)
         check(logits, arguments(target, centroids=torch.softmax(torch.randn(8, 37, 37), -1)))
 
     def test_one_class(self, width: float) -> None:
-        logits, _ = clusters(width)
-        check(logits, arguments(torch.full((150,), 3)))
+        logits, _ = clusters(width, n=ROWS)
+        check(logits, arguments(torch.full((ROWS,), 3)))
 
     def test_centroids(self, width: float) -> None:
-        logits, target = clusters(width)
+        logits, target = clusters(width, n=ROWS)
         for out, true in zip(
             backend.class_centroids(logits, target, EIGHT, -100),
             class_centroids(logits, target, EIGHT, -100),
