@@ -67,6 +67,21 @@ def test_other_dtypes(place: Place, dtype: torch.dtype) -> None:
     torch.testing.assert_close(gradient.to(wide.dtype), expected_gradient, rtol=u, atol=2e-7)
 
 
+@pytest.mark.parametrize("offset", [-1000.0, 30000.0])
+def test_label_smoothing_of_logits_far_from_zero(place: Place, offset: float) -> None:
+    """The sum of a row's logits carries an offset as many times as there are classes."""
+    logits, target = regime("classes_129").make(device=place.device)
+    logits = logits + offset
+    weight = torch.linspace(0.2, 2, logits.shape[1], device=place.device)
+    for options in ({}, {"weight": weight}):
+        value = ck.fused_cmi_loss(
+            logits, target, cmi_weight=0.0, label_smoothing=0.3, backend=place.name, **options
+        )
+        wide = {name: t.double() for name, t in options.items()}
+        expected = F.cross_entropy(logits.double(), target, label_smoothing=0.3, **wide)
+        torch.testing.assert_close(value.double(), expected, rtol=5e-7, atol=0)
+
+
 def test_a_masked_target_costs_infinity(place: Place) -> None:
     logits = torch.zeros(3, 4, device=place.device)
     logits[0, 1] = -torch.inf

@@ -24,6 +24,7 @@ from test_collapse import (  # noqa: F401
 from test_cross_entropy import (  # noqa: F401
     test_a_masked_target_costs_infinity,
     test_equals_cross_entropy,
+    test_label_smoothing_of_logits_far_from_zero,
     test_other_dtypes,
     test_weights_of_the_terms_add_up,
 )
@@ -42,6 +43,7 @@ from test_degenerate import (  # noqa: F401
     test_no_number_in_an_ignored_row_is_not_seen,
     test_no_row_is_kept,
     test_one_class,
+    test_rows_with_their_own_upstream_gradient_where_a_mean_is_subnormal,
     test_the_batchs_own_centroids_given_back_change_nothing,
     test_unnormalised_centroids_get_the_generalised_divergence,
     test_zero_centroid_of_a_class_without_probability,

@@ -234,6 +234,33 @@ def test_no_number_beside_given_centroids(place: Place, ce_weight: float) -> Non
     torch.testing.assert_close(gradient[others], expected_gradient[others], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(("dtype", "low"), [(torch.float32, -87.2), (torch.float64, -708.3)], ids=str)
+def test_rows_with_their_own_upstream_gradient_where_a_mean_is_subnormal(
+    place: Place, dtype: torch.dtype, low: float
+) -> None:
+    """The gradient divides by the centroid's entry, whose inverse may be beyond the largest number."""
+    place.needs(dtype)
+    logits = torch.zeros(6, 5, dtype=dtype, device=place.device)
+    logits[:, 4] = 2 * low
+    logits[1, 4] = low  # the mean is a sixth of the smallest normal number, or of nearly that
+    logits[:, 1] = torch.arange(6)
+    target = torch.zeros(6, dtype=torch.int64, device=place.device)
+    upstream = torch.linspace(0.5, 1.5, 6).to(place.device, dtype)
+    results = [
+        value_and_grad(
+            lambda z, name=name: ck.fused_cmi_loss(
+                z, target, temperatures=[1.0], reduction="none", backend=name
+            ),
+            logits,
+            upstream=upstream,
+        )
+        for name in (place.name, "reference")
+    ]
+    (value, gradient), (expected, expected_gradient) = results
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
+
+
 def test_a_term_of_weight_zero_is_left_out(place: Place) -> None:
     """Also where it would be 0 / 0: the mean of the cross entropy over classes that all weigh nothing."""
     logits, target = regime("random").make(device=place.device)
@@ -245,6 +272,9 @@ def test_a_term_of_weight_zero_is_left_out(place: Place) -> None:
     assert loss(place, logits, target, weight=weight)[0].isnan()
     assert loss(place, logits, target, weight=weight, label_smoothing=0.1)[0].isnan()
     assert F.cross_entropy(logits, target, weight, label_smoothing=0.1).isnan()
+    nothing = {"ce_weight": 0.0, "cmi_weight": 0.0, "backend": place.name}
+    for rows in (0, len(target)):
+        assert ck.fused_cmi_loss(logits[:rows], target[:rows], **nothing) == 0
 
 
 def test_no_number_in_an_ignored_row_is_not_seen(place: Place) -> None:

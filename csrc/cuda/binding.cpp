@@ -156,7 +156,8 @@ std::tuple<Tensor, Tensor> loss(Tensor logits, Tensor target, Doubles a, Doubles
   Tensor saved = keep ? empty(logits, {call.rows, call.classes}, logits.scalar_type())
                       : empty(logits, {statistics}, type);
   if (call.rows == 0) {
-    const bool nan = call.reduction == cmim::cuda::kMean || call.reduction == cmim::cuda::kSpectrum;
+    const bool of_none = call.reduction == cmim::cuda::kMean && (call.ce_weight != 0 || call.cmi_weight != 0);
+    const bool nan = of_none || call.reduction == cmim::cuda::kSpectrum;
     return {torch::stable::fill_(value, nan ? std::numeric_limits<double>::quiet_NaN() : 0.0), saved};
   }
   const OnDevice device(logits);

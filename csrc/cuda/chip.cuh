@@ -179,6 +179,7 @@ struct ChipRows {
       if (there) {
         const A top = from_ordered(tops()[i]);
         if (t.column() == 0) of_rows(kTopOf)[i] = top;
+        const A anchor = q.smoothing > A(0) ? smoothing_anchor(logit(i, b.label())) : A(0);
         if (in_columns()) {
           A z[kVector], x[kVector];
           take_logits(i, z);
@@ -202,19 +203,20 @@ struct ChipRows {
           }
           if (more)
 #pragma unroll
-            for (int u = 0; u < kVector; ++u) add_others(t.column() + u, z[u], exp_nonpositive(x[u]), other);
+            for (int u = 0; u < kVector; ++u)
+              add_others(t.column() + u, z[u], anchor, exp_nonpositive(x[u]), other);
         }
       }
       if (cluster) b.deposit(t, i, there, sum, false);
       if (more) deposit_sums(other, t.lanes, there, false, others() + (i * t.warps() + t.warp()) * kVector);
     });
   }
-  // exp(x), and for label smoothing the weighted logit and the weight
-  __device__ void add_others(int j, A z, A exponential, A (&other)[kVector]) const {
+  // exp(x), and for label smoothing the weighted logit less the anchor, and the weight
+  __device__ void add_others(int j, A z, A anchor, A exponential, A (&other)[kVector]) const {
     other[0] += exponential;
     if (!(q.smoothing > A(0)) || j >= q.classes) return;
     const A weight = q.class_weight ? q.class_weight[j] : A(1);
-    other[1] += weight * z, other[2] += weight;
+    other[1] += weight * (z - anchor), other[2] += weight;
   }
 
   __device__ void finish_sums(bool cluster, bool shared_sum) {

@@ -72,7 +72,10 @@ __device__ inline void finish_value(const Problem<A>& q, const Forward<A>& f, in
       f.value[q.order[k]] = bad ? not_a_number<A>() : scratch[k] / kept;
   if (threadIdx.x != 0 || q.reduction == kNone || q.reduction == kSpectrum) return;
   A value = 0, cmi = 0;
-  if (q.has_ce) value += q.ce_weight * (q.reduction == kMean ? ce / weight : ce);
+  if (q.has_ce) {  // of rows without weight there is no mean, whatever label smoothing adds to it
+    const A mean = weight == A(0) ? not_a_number<A>() : ce / weight;
+    value += q.ce_weight * (q.reduction == kMean ? mean : ce);
+  }
   if (q.has_cmi) {
 #pragma unroll 1
     for (int k = 0; k < q.temperatures; ++k) cmi = fma(q.weight[k], scratch[k], cmi);

@@ -98,9 +98,10 @@ __device__ void fused_scan(Block<T>& b, const Forward<typename T::A>& f, const T
         [&](int, int row, int j, A(&sum)[2]) {
           A z[kVector];
           load_vector(b.row_at(b.row_data(row)), j, q.storage, z);
+          const A anchor = smoothing_anchor(b.logit(row, b.label()));
           for (int u = 0; u < kVector && j + u < b.end; ++u) {
             const A w = q.class_weight ? q.class_weight[j + u] : A(1);
-            sum[0] += w * z[u], sum[1] += w;
+            sum[0] += w * (z[u] - anchor), sum[1] += w;
           }
         },
         [&](int row, int k, A sum) {

@@ -131,6 +131,10 @@ __device__ inline void find_divisors(const Block<T>& b) {
   b.divisors()->smoothing = q.class_weight ? sums[1] : A(q.classes);
 }
 
+// The logarithm of the smallest normal number
+template <class A>
+constexpr A kVanishedLog = sizeof(A) == 4 ? A(-87.336) : A(-708.396);
+
 // The tables of the tile: log-ratio tables by each temperature's form and, if `with_rho`, rho into the
 // second. A thread may read its own columns then, the others' after a barrier.
 template <class T>
@@ -147,7 +151,9 @@ __device__ inline void build_gradient_tables(Block<T>& b, const Tiling& t, int c
       if (with_rho)
         sum_over_rows<F>(b, t, c0, k0, wanted, upstream, table + (b.q.padded << t.shift),
                          [&](int k, int column, A sum) {
-                           return sum * exp_of(-table[(k << t.shift) + column]) / A(b.count);
+                           // where the mean vanished, so have all its P, which multiply this
+                           const A log_mean = table[(k << t.shift) + column];
+                           return log_mean < kVanishedLog<A> ? A(0) : sum * exp_of(-log_mean) / A(b.count);
                          });
     }
   };

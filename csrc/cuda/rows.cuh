@@ -10,7 +10,7 @@ template <class A>
 struct RowSums {
   A top;                // largest logit; NaN if there is one or if it is infinite
   A exponentials;       // sum_j exp(z_j - top)
-  A weighted, weights;  // sum_j class_weight_j z_j and sum_j class_weight_j, for label smoothing
+  A weighted, weights;  // sum_j class_weight_j (z_j - anchor) and sum_j class_weight_j, for label smoothing
 };
 
 // As exact as the logits' type has use for
@@ -52,12 +52,18 @@ __device__ inline void for_columns(const Problem<typename T::A>& q, const Row<ty
   }
 }
 
+// What label smoothing's sum of a row's logits is relative to, so that an offset of the row costs no digit
+template <class A>
+__device__ inline A smoothing_anchor(A target_logit) {
+  return target_logit - target_logit == A(0) ? target_logit : A(0);
+}
+
 // One pass over columns begin .. end - 1, a thread's part. With `exponentials` their sum is rescaled whenever
 // a larger logit comes by.
 template <class T>
 __device__ inline RowSums<typename T::A> scan_row(const Problem<typename T::A>& q,
                                                   const Row<typename T::S>& row, int begin, int end, int lane,
-                                                  int lanes, bool exponentials) {
+                                                  int lanes, bool exponentials, typename T::A anchor) {
   using A = typename T::A;
   RowSums<A> s{lowest(A()), 0, 0, 0};
   for_columns<T>(q, row, begin, end, lane, lanes, [&](int j0, int apart, const auto& z) {
@@ -77,7 +83,7 @@ __device__ inline RowSums<typename T::A> scan_row(const Problem<typename T::A>& 
     for (const auto& vector : z) {
       for (int u = 0; u < kVector && j0 + u < end; ++u) {
         const A w = q.class_weight ? q.class_weight[j0 + u] : A(1);
-        s.weighted += w * vector[u], s.weights += w;
+        s.weighted += w * (vector[u] - anchor), s.weights += w;
       }
       j0 += apart;
     }
@@ -97,7 +103,7 @@ struct CrossEntropy {
     if (q.smoothing > A(0)) {
       const A hard = A(1) - q.smoothing, smooth = q.smoothing / A(q.classes);
       slope = fma(smooth, s.weights, hard * slope);
-      rest = fma(smooth, fma(s.weights, s.top, -s.weighted), hard * rest);
+      rest = fma(smooth, fma(s.weights, s.top - smoothing_anchor(target_logit), -s.weighted), hard * rest);
     }
   }
 };
@@ -128,7 +134,11 @@ __device__ inline void scan_rows(Block<T>& b, int count, bool exponentials, F ca
     const int i = i0 + group, position = b.first + i;
     const bool there = i < count && kept(q, target_at(q, b.saved.row[position]));
     RowSums<A> s{lowest(A()), 0, 0, 0};
-    if (there) s = scan_row<T>(q, b.row_at(b.row_data(i)), b.begin, b.end, lane, lanes, exponentials);
+    if (there) {
+      A anchor = 0;
+      if (q.smoothing > A(0)) anchor = smoothing_anchor(b.logit(i, target_at(q, b.saved.row[position])));
+      s = scan_row<T>(q, b.row_at(b.row_data(i)), b.begin, b.end, lane, lanes, exponentials, anchor);
+    }
     const A mine = s.top;
     s.top = largest_in_group(s.top, lanes, b.scratch());
     A v[3] = {s.exponentials * exp_nonpositive(mine - s.top), s.weighted, s.weights};
