@@ -87,8 +87,8 @@ def up_to_date() -> Path:
         if not library.exists():
             for old in kept.glob("*.so"):
                 old.unlink()
-            with tempfile.TemporaryDirectory() as folder:
-                shutil.move(compiled(Path(folder)), library)
+            with tempfile.TemporaryDirectory() as empty:
+                shutil.move(compiled(Path(empty)), library)
     return library
 
 

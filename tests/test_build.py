@@ -202,9 +202,10 @@ def test_variants_share_no_function() -> None:
     (library,) = Path(cmim_kernels.__file__).parent.glob("_cpu*.so")
     command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", str(library)]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    newer = {}  # an instruction of AVX for each function that has any
+    extensions = r"v(?!err|erw)\w+|(?:sar|shl|shr|ror|mul)x|andn|bextr|bls\w+|bzhi|pdep|pext|lzcnt|movbe"
+    newer = {}  # an instruction of AVX, BMI or the like for each function that has any
     for function in re.split(r"\n\n[0-9a-f]+ ", listing):
-        instruction = re.search(r"\n *[0-9a-f]+:\t(v(?!err|erw)\w+ .*)", function)
+        instruction = re.search(rf"\n *[0-9a-f]+:\t((?:{extensions}) .*)", function)
         if instruction:
             newer[function.split(">:\n")[0]] = instruction[1]
     own = [name for name in newer if "cmim::cpu::(anonymous namespace)::" in name]
