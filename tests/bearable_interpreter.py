@@ -102,8 +102,9 @@ def _exp2(self: Any, argument: Any) -> Any:
         return interpreter.TensorHandle(np.exp2(x), argument.dtype.scalar)
     draw = x.view(np.uint32) * np.uint32(2654435761)  # Knuth's multiplicative hash
     draw = (draw ^ (draw >> 15)) * np.uint32(2246822519)
-    exact = np.exp2(x.astype(np.float64))
-    unit = np.exp2(np.floor(x.astype(np.float64)) - 23)
+    wide = np.minimum(x.astype(np.float64), 1000.0)  # infinite in float32, without an infinity less another
+    exact = np.exp2(wide)
+    unit = np.exp2(np.floor(wide) - 23)
     error = (draw / 2.0**31 - 1.0) * np.where(x == np.rint(x), 0.0, 2 * unit)
     y = (exact + error).astype(np.float32)
     return interpreter.TensorHandle(np.where(y < 2.0**-126, np.float32(0), y), argument.dtype.scalar)

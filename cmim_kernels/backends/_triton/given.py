@@ -17,11 +17,13 @@ NEAR = tl.constexpr(3e-3)  # divergence per unit of P below which float32 does n
 
 @triton.jit
 def given_q(centroids, table, label, K, C, col, KC: tl.constexpr):
-    """Q (KC, BC) of a class; centroids (K, C, C) in the caller's order of temperatures."""
+    """Q (KC, BC) of a class, from centroids (K, C, C) in the caller's order of temperatures; 0 outside the classes,
+    1 for absent temperatures, whose terms have the factor 0 and must be finite."""
     k = tl.arange(0, KC)
     at = (tl.load(table + 2 * KC + k).to(tl.int64) * C + label) * C
     mask = (k < K)[:, None] & (col < C)[None, :]
-    return tl.load(centroids + at[:, None] + col[None, :], mask=mask, other=0.0)
+    q = tl.load(centroids + at[:, None] + col[None, :], mask=mask, other=0.0)
+    return tl.where((k < K)[:, None], q, 1.0)
 
 
 @triton.jit
