@@ -92,7 +92,7 @@ def test_a_wide_tile_beside_a_collapsed_one(monkeypatch: pytest.MonkeyPatch) -> 
     target = torch.arange(24) % 3
     logits = torch.randn(3, 32, generator=g)[target] + 1e-4 * torch.randn(24, 32, generator=g)
     logits[:, 16:] += 3 * torch.randn(24, 16, generator=g) - 12
-    for reduction, upstream in ((MEAN, None), (SPECTRUM, torch.rand(8))):
+    for reduction, upstream in ((MEAN, None), (SPECTRUM, torch.rand(8)), (NONE, torch.rand(24))):
         args = arguments(target, reduction, ce_weight=0.0)
         value, gradient = run(logits, args, upstream)
         true_value, true_gradient = testing.truth(logits, *args, upstream=upstream)

@@ -207,13 +207,16 @@ def logs(total, n, S, f, m, KC: tl.constexpr, POWERS: tl.constexpr):
 @triton.jit
 def pulls(total, weighted, drift, n, m, KC: tl.constexpr, POWERS: tl.constexpr):
     """What a column's centroid passes on of the upstream gradients g of n rows: sum g P / sum P, (KC, BC), up to a
-    constant of the temperature, from `sums` over all of the rows. Relative to g's spread and to w where centred."""
+    constant of the temperature, from `sums` over all of the rows. Relative to g's spread and to w where centred.
+
+    That constant is g_b + drift / n, the mean of g: the same in both forms, since a row's mean is taken over tiles of
+    either.
+    """
+    plain = tl.where(total < n * VANISHED, 0.0, weighted / total - drift / n)
+    out = plain
     if m > 0:
         mean = total / n
         out = (weighted - drift * mean) / (n * (1.0 + mean))
         if POWERS & 255 == 0:
-            plain = tl.where(total < n * VANISHED, 0.0, weighted / total)
             out = tl.where(tl.arange(0, KC)[:, None] < m, out, plain)
-    else:
-        out = tl.where(total < n * VANISHED, 0.0, weighted / total)
     return out

@@ -128,6 +128,7 @@ def finish_chunk(
                 kl = tl.where(plain, mean + log_b - wide_log(mass), G - 0.5 * gap * gap)
                 mean = mean.to(tl.float32)
             tl.store(by_temperature(saved, N, K, MEAN_RATIO) + at, mean, mask=(k < K) & live[None, :])
+            kl = tl.where(kl < 0.0, 0.0, kl)  # by its rounding
             kl = tl.where((label == -2)[None, :], float("nan"), kl)
             divergence += tl.sum(kl, 1)
             loss += cmi_weight * tl.sum(kl * w[:, None], 0)
