@@ -62,6 +62,9 @@ class TestManyRows:
                 check(logits, arguments(target, NONE), torch.rand(40))
 
 
+AT_MOST = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float64: 1e-12}
+
+
 @widths
 @grids
 class TestClustersOfBlocks:
@@ -76,16 +79,25 @@ class TestClustersOfBlocks:
             logits, target = clusters(width, n=12, c=columns, classes=3)
             logits, args = logits.to(dtype), arguments(target, a=a, **options)
             with settings(FUSED, processors=100):
-                check_norm(logits, args, upstream, 1e-6 if dtype == torch.float32 else 1e-2)
+                check_norm(logits, args, upstream, AT_MOST[dtype])
                 value, gradient = run(logits, args, upstream)
             with settings(FUSED, order=order, processors=100):
                 again, gradient_again = run(logits, args, upstream)
             assert same_bits(value, again)
             assert same_bits(gradient, gradient_again)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("dtype", AT_MOST, ids=str)
     def test_mean(self, width: float, a: Grid, dtype: torch.dtype) -> None:
         self.same_in_any_order(width, a, dtype, label_smoothing=0.1)
+
+    @pytest.mark.parametrize("columns", [257, 258, 385, 1030])
+    @pytest.mark.parametrize("shared_kb", [227, 60], ids=["on_chip", "too_large_for_the_chip"])
+    def test_double_precision(self, width: float, a: Grid, columns: int, shared_kb: int) -> None:
+        """Sixteen bytes are two numbers, half of what a thread takes at a time."""
+        logits, target = clusters(width, n=20, c=columns, classes=2)
+        for centroids in (None, torch.softmax(torch.randn(len(a), columns, columns).double(), -1)):
+            with settings(FUSED, processors=100, shared_kb=shared_kb):
+                check_norm(logits.double(), arguments(target, a=a, centroids=centroids), at_most=1e-12)
 
     def test_rows(self, width: float, a: Grid) -> None:
         self.same_in_any_order(width, a, reduction=NONE, upstream=torch.rand(12))

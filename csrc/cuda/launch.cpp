@@ -229,7 +229,8 @@ void launch_gradient(const Problem<A>& problem, const Saved<A>& saved, Backward<
 template <class T, class A = typename T::A>
 void launch_fused(ForwardLaunch<A>& p, const Backward<A>& w, const Plan& plan, cudaStream_t stream,
                   const Call& call) {
-  constexpr int64_t unit = 16 / sizeof(typename T::S);  // a part begins where 16 bytes do
+  // A part begins where 16 bytes do, and ends where a vector does: what is beyond is another's.
+  constexpr int64_t unit = std::max<int64_t>(16 / sizeof(typename T::S), kVector);
   if (call.rows > kMostGrouped)
     throw std::runtime_error("cmim_kernels: one kernel groups up to " + std::to_string(kMostGrouped) +
                              " rows, got " + std::to_string(call.rows));
