@@ -10,7 +10,8 @@ from conftest import Place
 from torch import Tensor
 
 import cmim_kernels as ck
-from cmim_kernels.testing import value_and_grad
+from cmim_kernels import reference
+from cmim_kernels.testing import truth, value_and_grad
 
 
 def loss(place: Place, logits: Tensor, target: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
@@ -108,6 +109,28 @@ def test_masked_classes(place: Place, name: str) -> None:
     assert value.isfinite()
     assert gradient.isfinite().all()
     assert gradient[logits == -torch.inf].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, -3e38, -1e9], ids=str)
+@pytest.mark.parametrize("column", [0, 1], ids=["its_largest", "another"])
+@pytest.mark.parametrize("temperature", [33.0, 0.01])
+def test_one_row_of_a_collapsed_cluster_masks_a_class(
+    place: Place, mask: float, column: int, temperature: float
+) -> None:
+    """Hot, where the clusters collapse all the same, and cold, where a times a large number overflows."""
+    logits = torch.tensor([[1.3, -0.9, 0.4, 0.2]]) + 0.01 * torch.randn(10, 4)
+    logits[4, column] = mask
+    target = torch.zeros(10, dtype=torch.int64)
+    value, gradient = value_and_grad(
+        lambda z: ck.cmi_spectrum(
+            z, target.to(place.device), temperatures=[temperature], backend=place.name
+        ),
+        logits.to(place.device),
+    )
+    arguments = (target, [1 / temperature], [1.0], None, None, 0.0, 1.0, 0.0, -100, reference.SPECTRUM)
+    true_value, true_gradient = truth(logits, *arguments)
+    torch.testing.assert_close(value.cpu().double(), true_value, rtol=1e-5, atol=1e-12)
+    assert (gradient.cpu() - true_gradient).norm() <= 1e-5 * true_gradient.norm() + 1e-12
 
 
 def test_zero_centroid_of_a_masked_class(place: Place) -> None:

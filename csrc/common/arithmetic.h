@@ -237,8 +237,17 @@ CMIM_HD Difference<A> difference(A x, A y) {
   return {high, (x - (high + back)) + (back - y)};
 }
 
+// z - z0 of a column where z0 is finite, which a row's offsets are relative to. Infinite where the row masks
+// it, and so are all of its offsets then.
+template <class A>
+CMIM_HD Difference<A> shift_between(A z, A z0) {
+  const Difference<A> d = difference(z, z0);
+  return {d.high, chosen(d.high == -infinity<A>(), A(0), d.low)};
+}
+
 // (z - z0) - shift to relative accuracy, whatever the sizes of z and the shift. A class that is masked (-inf)
-// in both rows has offset 0, since it plays no part; masked in this row alone it is far below.
+// in both rows has offset 0, since it plays no part; masked in this row alone, by a large number too, it is
+// far below.
 template <class A>
 CMIM_HD A offset(A z, A z0, Difference<A> shift) {
   constexpr A far = A(1e30);  // a d vanishes at any temperature in use, and no product of it overflows
@@ -246,7 +255,7 @@ CMIM_HD A offset(A z, A z0, Difference<A> shift) {
   const Difference<A> d = difference(z, z0);
   const A value = (d.high - shift.high) + (d.low - shift.low);
   const A of_masked = chosen(z == masked, A(0), far);
-  return chosen(z0 == masked, of_masked, chosen(z == masked, -far, value));
+  return chosen(z0 == masked, of_masked, larger(value, -far));  // of -inf: the value is no number
 }
 
 // A sum that carries its rounding along

@@ -97,7 +97,7 @@ __device__ inline void find_largest_column(Block<T>& b) {
 // z[j0] - z0[j0] of row i, see forms.cuh; j0 is in flags[0]
 template <class T>
 __device__ inline Difference<typename T::A> shift_of(const Block<T>& b, int row) {
-  return difference(b.logit(row, b.flags()[0]), b.logit(0, b.flags()[0]));
+  return shift_between(b.logit(row, b.flags()[0]), b.logit(0, b.flags()[0]));
 }
 
 // Temperatures that a form does at a time, within a chunk: two tables take the registers of one of twice as

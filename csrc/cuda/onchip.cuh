@@ -174,7 +174,7 @@ class OnChip : ChipRows<T> {
     __syncthreads();
     const int j0 = *b.flags();
     for (int i = threadIdx.x; i < n; i += kThreads) {
-      const Difference<A> shift = difference(logit(i, j0), logit(0, j0));
+      const Difference<A> shift = shift_between(logit(i, j0), logit(0, j0));
       of_rows(kShiftHigh)[i] = shift.high, of_rows(kShiftLow)[i] = shift.low;
     }
     __syncthreads();
