@@ -92,7 +92,9 @@ OPTIONS = {
     "sum": Options(reduction="sum", ignore_every=3, ignore_index=2**40),
     "rows": Options(reduction="none", class_weight=True, label_smoothing=0.1, ignore_every=4, ignore_index=0),
     "centroids": Options(centroids=True, ce_weight=0.5),
-    "centroids_rows": Options(ck.TemperatureSpectrum.gauss_legendre(2.0, 5), centroids=True, reduction="none"),
+    "centroids_rows": Options(
+        ck.TemperatureSpectrum.gauss_legendre(2.0, 5), centroids=True, reduction="none"
+    ),
 }
 
 
