@@ -122,9 +122,7 @@ def test_one_row_of_a_collapsed_cluster_masks_a_class(
     logits[4, column] = mask
     target = torch.zeros(10, dtype=torch.int64)
     value, gradient = value_and_grad(
-        lambda z: ck.cmi_spectrum(
-            z, target.to(place.device), temperatures=[temperature], backend=place.name
-        ),
+        lambda z: ck.cmi_spectrum(z, target.to(place.device), temperatures=[temperature], backend=place.name),
         logits.to(place.device),
     )
     arguments = (target, [1 / temperature], [1.0], None, None, 0.0, 1.0, 0.0, -100, reference.SPECTRUM)
