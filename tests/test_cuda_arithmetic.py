@@ -185,6 +185,11 @@ def test_offsets_of_masked_classes(native: ctypes.CDLL, suffix: str) -> None:
     assert out[0] == 0  # in both: it plays no part
     assert out[1] == -1e30  # here only
     assert out[2] == 1e30  # in the class's first row only: the centred form is not taken
+    z, z0 = np.array([[-3e38, 1.0], [1.0, 1.0]], DTYPES[suffix])
+    (out,) = call(native, f"offsets_{suffix}", z, z0, np.ones_like(z), np.zeros_like(z))
+    assert out[0] == -1e30  # masked by a number: no further away
+    (out,) = call(native, f"offsets_{suffix}", z0, z0, np.full_like(z, -np.inf), np.zeros_like(z))
+    assert (out == np.inf).all()  # the row masks what its offsets are relative to: not taken either
 
 
 @both
@@ -237,6 +242,6 @@ def test_every_function_is_here() -> None:
     text = (Path(ROOT) / "csrc/common/arithmetic.h").read_text()
     names = {line.split("(")[0].split()[-1] for line in text.splitlines() if line.startswith("CMIM_HD")}
     tested = {"exp_nonpositive", "log_positive", "psi", "difference", "offset", "larger", "product"}
-    tested |= {"expm1_of", "exp_coarse", "chosen"}
+    tested |= {"expm1_of", "exp_coarse", "chosen", "shift_between"}
     wrapped = {"log1p_of", "log_of", "exp_of"}
     assert names == tested | wrapped | {"infinity", "not_a_number", "lowest", "bit_cast"}

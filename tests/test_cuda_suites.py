@@ -67,6 +67,7 @@ from test_gradients import (  # noqa: F401
     test_second_derivatives,
 )
 from test_module import test_same_as_the_function  # noqa: F401
+from test_random_batches import test_large_random_batches, test_random_batches  # noqa: F401
 from test_untouched import (  # noqa: F401
     TestTheGradientHasOneOwner,
     test_expanded_inputs,

@@ -24,7 +24,7 @@ void differences(size_t n, const A* x, const A* y, A* high, A* low) {
 // offset of z[i] from z0[i], where the largest column has the logits zj[i] and zj0[i]
 template <class A>
 void offsets(size_t n, const A* z, const A* z0, const A* zj, const A* zj0, A* out) {
-  for (size_t i = 0; i < n; ++i) out[i] = cmim::offset(z[i], z0[i], cmim::difference(zj[i], zj0[i]));
+  for (size_t i = 0; i < n; ++i) out[i] = cmim::offset(z[i], z0[i], cmim::shift_between(zj[i], zj0[i]));
 }
 
 template <class A>
