@@ -114,15 +114,15 @@ def _batch_ratios(z: Tensor, label: Tensor, a: Tensor) -> tuple[Tensor, Tensor, 
         level = (peak - _cluster_max(peak, cluster)).round()  # (N, 1)
         fixed = z - level
         centre = _cluster_max(fixed, cluster)  # (N, C)
-        dead = centre == -torch.inf  # in every row of the cluster
         log_norm = torch.logsumexp(a * fixed, -1, keepdim=True)  # (K, N, 1)
         centre_norm = torch.logsumexp(a * centre, -1, keepdim=True)  # (K, N, 1)
         row_shift = (log_norm - centre_norm).round()  # (K, N, 1)
         log_centre = a * centre - centre_norm  # (K, N, C)
+        dead = log_centre < -1e12  # masked in every row of the cluster, by -inf or by a large number
         log_q = _cluster_log_mean_exp(a * fixed - log_norm, cluster)  # (K, N, C)
         column_shift = (log_q - log_centre).round().masked_fill(dead, 0)  # (K, N, C)
         pbar = torch.softmax(log_centre + column_shift, dim=-1)  # (K, N, C)
-    offset = (z - level - centre).masked_fill(dead, 0)  # (N, C), exact for rows that agree
+    offset = z - level - centre  # (N, C), exact for rows that agree
     rho = (a * offset - (column_shift + row_shift)).masked_fill(dead, 0)  # (K, N, C)
     for _ in range(2):  # log P - b; the second round takes away what the first one's sum was rounded by
         rho = rho - torch.log1p((pbar * torch.expm1(rho)).sum(-1, keepdim=True))

@@ -97,6 +97,20 @@ def _spectrum(r: random.Random) -> ck.TemperatureSpectrum:
     )()
 
 
+def _strided(r: random.Random, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The same numbers, not always next to each other."""
+    n, c = z.shape
+    layout = r.choice(["dense", "dense", "columns apart", "a slice of wider rows", "every other row"])
+    if layout == "columns apart":
+        z = z.t().contiguous().t()
+    elif layout == "a slice of wider rows":
+        first = r.choice([1, 2, 4, 8])
+        z = torch.cat([z.new_full((n, first), torch.nan), z], 1)[:, first:]
+    elif layout == "every other row":
+        z, y = torch.stack([z, z.new_full((n, c), torch.nan)], 1)[:, 0], torch.stack([y, y + c], 1)[:, 0]
+    return z, y
+
+
 @dataclass(frozen=True)
 class Case:
     """One call, all on the CPU."""
@@ -243,6 +257,7 @@ def draw(seed: int, large: bool = False, dtypes: tuple[torch.dtype, ...] = (torc
         upstream = upstream * torch.randn(shape, generator=g).sign()
     if r.random() < 0.2:
         target = torch.where(torch.rand(n, generator=g) < 0.3, -100, target)
+    logits, target = _strided(r, logits, target)
     ce_weight, cmi_weight = r.choice([1.0, 1.0, 0.5, 0.0]), r.choice([1.0, 1.0, 3.0, 0.1])
     temperatures = ", ".join(f"{t:.3g}" for t in spectrum.temperatures[:5])
     text = (

@@ -43,7 +43,7 @@ from test_degenerate import (  # noqa: F401
     test_no_number_in_an_ignored_row_is_not_seen,
     test_no_row_is_kept,
     test_one_class,
-    test_one_row_of_a_collapsed_cluster_masks_a_class,
+    test_rows_of_a_collapsed_cluster_mask_a_class,
     test_rows_with_their_own_upstream_gradient_where_a_mean_is_subnormal,
     test_the_batchs_own_centroids_given_back_change_nothing,
     test_unnormalised_centroids_get_the_generalised_divergence,

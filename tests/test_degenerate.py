@@ -113,13 +113,14 @@ def test_masked_classes(place: Place, name: str) -> None:
 
 @pytest.mark.parametrize("mask", [-torch.inf, -3e38, -1e9], ids=str)
 @pytest.mark.parametrize("column", [0, 1], ids=["its_largest", "another"])
-@pytest.mark.parametrize("temperature", [33.0, 0.01])
-def test_one_row_of_a_collapsed_cluster_masks_a_class(
-    place: Place, mask: float, column: int, temperature: float
+@pytest.mark.parametrize("rows", [slice(4, 5), slice(None)], ids=["one_row", "every_row"])
+@pytest.mark.parametrize("temperature", [33.0, 0.01, 2e-4])
+def test_rows_of_a_collapsed_cluster_mask_a_class(
+    place: Place, mask: float, column: int, rows: slice, temperature: float
 ) -> None:
     """Hot, where the clusters collapse all the same, and cold, where a times a large number overflows."""
     logits = torch.tensor([[1.3, -0.9, 0.4, 0.2]]) + 0.01 * torch.randn(10, 4)
-    logits[4, column] = mask
+    logits[rows, column] = mask
     target = torch.zeros(10, dtype=torch.int64)
     value, gradient = value_and_grad(
         lambda z: ck.cmi_spectrum(z, target.to(place.device), temperatures=[temperature], backend=place.name),
