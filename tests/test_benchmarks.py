@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from benchmarks import measure
 from benchmarks.cases import HOST, MAIN, VARIED, Case
 from benchmarks.contenders import CONTENDERS, LossFunction
 from benchmarks.environment import environment
 from benchmarks.measure import PHASES, check, timed_phase, truth
 from benchmarks.memory import peak_bytes
 from benchmarks.paired import Paired, Timed, paired, quantiles
+from cmim_kernels import fused_cmi_loss
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case(48, 12, 6)
@@ -40,14 +43,21 @@ def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
         check("wrong", SMALL, "cpu")
 
 
-def test_truth_in_parts_is_the_whole() -> None:
+def test_truth_in_parts_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """A case too large for one call of the reference is summed over clusters."""
-    large = Case(4096, 1000, 1000, k=2)
-    value, gradient = truth.__wrapped__(large, "cpu")
-    logits, target = large.data("cpu")
-    loss = CONTENDERS["eager loop"](large, "cpu")(logits, target)
-    torch.testing.assert_close(loss.double(), value, rtol=1e-4, atol=0)
-    assert gradient.shape == logits.shape
+    whole = truth.__wrapped__(SMALL, "cpu")
+    monkeypatch.setattr(measure, "ELEMENTS_AT_ONCE", 20 * SMALL.k * SMALL.c)  # two classes of eight rows
+    calls = []
+
+    def counted(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(len(logits))
+        return fused_cmi_loss(logits, *args, **kwargs)
+
+    monkeypatch.setattr(measure, "fused_cmi_loss", counted)
+    in_parts = truth.__wrapped__(SMALL, "cpu")
+    assert len(calls) == 3
+    assert sum(calls) == SMALL.n
+    torch.testing.assert_close(in_parts, whole, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("case", [*MAIN, *HOST, *VARIED], ids=lambda case: case.name)
