@@ -7,24 +7,24 @@ from conftest import Place
 from random_batches import draw
 
 
-@pytest.mark.parametrize("first", range(0, 200, 40))
-def test_random_batches(place: Place, first: int) -> None:
-    seeds = range(first, first + (8 if place.interpreted else 16 if place.emulated else 40))
+def assert_nothing_is_wrong(place: Place, seeds: range, large: bool = False) -> None:
     found = []
     for seed in seeds:
-        case = draw(seed, dtypes=place.dtypes)
+        case = draw(seed, large, place.dtypes)
         wrong = case.wrong(*case.run(place.name, place.device))
         if wrong is not None:
             found.append(f"{case.text}: {wrong}")
     assert found == []
+
+
+@pytest.mark.parametrize("first", range(0, 200, 40))
+def test_random_batches(place: Place, first: int) -> None:
+    count = 8 if place.interpreted else 16 if place.emulated else 40
+    assert_nothing_is_wrong(place, range(first, first + count))
 
 
 def test_large_random_batches(place: Place) -> None:
     """More rows than a tile has, and more columns."""
-    found = []
-    for seed in range(6 if place.emulated else 20 if place.name == "cpu" else 2):
-        case = draw(seed, large=True, dtypes=place.dtypes)
-        wrong = case.wrong(*case.run(place.name, place.device))
-        if wrong is not None:
-            found.append(f"{case.text}: {wrong}")
-    assert found == []
+    assert_nothing_is_wrong(
+        place, range(6 if place.emulated else 20 if place.name == "cpu" else 2), large=True
+    )
