@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import regime
+from calls import each_divergence, regime
 from conftest import Place
 from torch import Tensor
 
 import cmim_kernels as ck
-from cmim_kernels import reference
 from cmim_kernels.testing import truth, value_and_grad
 
 
@@ -122,14 +121,11 @@ def test_rows_of_a_collapsed_cluster_mask_a_class(
     logits = torch.tensor([[1.3, -0.9, 0.4, 0.2]]) + 0.01 * torch.randn(10, 4)
     logits[rows, column] = mask
     target = torch.zeros(10, dtype=torch.int64)
-    value, gradient = value_and_grad(
-        lambda z: ck.cmi_spectrum(z, target.to(place.device), temperatures=[temperature], backend=place.name),
-        logits.to(place.device),
-    )
-    arguments = (target, [1 / temperature], [1.0], None, None, 0.0, 1.0, 0.0, -100, reference.SPECTRUM)
+    spectrum = ck.TemperatureSpectrum([temperature])
+    ((value, gradient, arguments),) = each_divergence(place, logits, target, spectrum)
     true_value, true_gradient = truth(logits, *arguments)
-    torch.testing.assert_close(value.cpu().double(), true_value, rtol=1e-5, atol=1e-12)
-    assert (gradient.cpu() - true_gradient).norm() <= 1e-5 * true_gradient.norm() + 1e-12
+    torch.testing.assert_close(value.double(), true_value, rtol=1e-5, atol=1e-12)
+    assert (gradient - true_gradient).norm() <= 1e-5 * true_gradient.norm() + 1e-12
 
 
 def test_zero_centroid_of_a_masked_class(place: Place) -> None:
