@@ -121,16 +121,22 @@ def emulated() -> SimpleNamespace:
 
 @contextmanager
 def settings(
-    path: int = AUTOMATIC, order: int = 0, processors: int = 3, shared_kb: int = 227, capturing: bool = False
+    path: int = AUTOMATIC,
+    order: int = 0,
+    processors: int = 3,
+    shared_kb: int = 227,
+    capturing: bool = False,
+    code: int = 90,
 ) -> Iterator[None]:
-    """Which kernels run; the order of threads (0 ascending, 1 descending, else a seed); the device's size."""
+    """Which kernels run, compiled for which architecture; the order of threads (0 ascending, 1 descending, else a
+    seed); the device's size."""
     backend = emulated()
     try:
-        backend.native.emulator_set(order, processors, shared_kb, int(capturing))
+        backend.native.emulator_set(order, processors, shared_kb, int(capturing), code)
         backend.set_path(path)
         yield
     finally:
-        backend.native.emulator_set(0, 3, 227, 0)
+        backend.native.emulator_set(0, 3, 227, 0, 90)
         backend.set_path(AUTOMATIC)
 
 

@@ -166,13 +166,11 @@ class TestCuda:
         monkeypatch.setenv("PATH", "/usr/bin:/bin")
         assert setup.cuda_architecture_flags(nvcc) == [  # it knows 80, 90 and 100
             "-gencode=arch=compute_80,code=[sm_80]",
-            "-gencode=arch=compute_90,code=[sm_90,sm_100]",
-            "-gencode=arch=compute_100,code=compute_100",
+            "-gencode=arch=compute_90,code=[sm_90,sm_100,compute_90]",
         ]
         monkeypatch.setenv("CUDA_ARCH_LIST", "9.0;12.0")
         assert setup.cuda_architecture_flags(nvcc) == [
-            "-gencode=arch=compute_90,code=[sm_90]",
-            "-gencode=arch=compute_90,code=compute_90",
+            "-gencode=arch=compute_90,code=[sm_90,compute_90]",
         ]
         for unknown in ("75", "130"):
             monkeypatch.setenv("CUDA_ARCH_LIST", unknown)

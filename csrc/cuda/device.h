@@ -60,7 +60,7 @@ __device__ inline double larger_or_nan(double x, double y) {
 }
 
 // Waits for the other blocks of the cluster (compute capability 9.0): what they wrote before it, to any
-// memory, is there to be read after it.
+// memory, is there to be read after it. Code made for older devices cannot: current_device() asks which runs.
 __device__ inline void cluster_barrier() {
 #if defined(CMIM_EMULATED)
   emulated_cluster_barrier();

@@ -340,6 +340,12 @@ unsigned* ticket_table() {
   return static_cast<unsigned*>(table);
 }
 
+int code_version() {
+  cudaFuncAttributes found{};
+  const cudaError_t error = cudaFuncGetAttributes(&found, fused_forward<Kind<float, float, kDirectChunk, false>>);
+  return error == cudaSuccess ? found.ptxVersion : 0;
+}
+
 template <class T>
 Kernel<ForwardLaunch<typename T::A>> fused_kernel() {
   return fused_forward<T>;

@@ -40,12 +40,13 @@ const DeviceLimits& current_device() {
   const std::lock_guard<std::mutex> lock(mutex());
   const auto found = known.find(device);
   if (found != known.end()) return found->second;
+  const WhileNotCapturing guard;
   const DeviceLimits limits{device,
                             attribute(cudaDevAttrMultiProcessorCount, device),
                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                             attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
                             attribute(cudaDevAttrReservedSharedMemoryPerBlock, device),
-                            attribute(cudaDevAttrClusterLaunch, device) != 0};
+                            attribute(cudaDevAttrClusterLaunch, device) != 0 && code_version() >= 90};
   return known.emplace(device, limits).first->second;
 }
 

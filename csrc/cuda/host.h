@@ -21,7 +21,7 @@ inline void check(cudaError_t error, const char* what) {
 struct DeviceLimits {
   int index, processors;
   int shared_per_block, shared_per_processor, shared_reserved;  // bytes
-  bool has_clusters;
+  bool has_clusters;  // and its code waits for their blocks, see cluster_barrier()
 
   // Consumer cards have 100 KB a multiprocessor: with the smaller table two blocks fit.
   int table_bytes() const { return shared_per_processor >= 160 * 1024 ? 32 * 1024 : 16 * 1024; }

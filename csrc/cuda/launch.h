@@ -105,6 +105,10 @@ void set_path(Path path);
 constexpr int kTickets = 4096;
 unsigned* ticket_table();
 
+// The version of PTX (10 times the architecture's major number and its minor) from which the current device's
+// code was made, at the build or by the driver; 0 where there is none for it.
+int code_version();
+
 // Throws std::runtime_error if an earlier launch met a label out of range, and forgets it. Does not wait.
 void check_labels();
 

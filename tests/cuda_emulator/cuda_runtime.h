@@ -93,6 +93,9 @@ enum cudaDeviceAttr {
   cudaDevAttrReservedSharedMemoryPerBlock,
   cudaDevAttrClusterLaunch,
 };
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
@@ -114,9 +117,15 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+int emulated_code_version();
 const char* cudaGetErrorString(cudaError_t);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device);
+template <class F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, F*) {
+  found->ptxVersion = emulated_code_version();
+  return cudaSuccess;
+}
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value);
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t);
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*);

@@ -20,6 +20,7 @@ int g_order = 0;        // 0: ascending, 1: descending, else: the seed of a shuf
 int g_processors = 3;   // multiprocessors of the emulated device
 int g_shared_kb = 227;  // shared memory a block may have
 bool g_capturing = false;
+int g_code = 90;  // the architecture for which the kernels were compiled
 uint64_t g_launches = 0;
 
 struct Cluster {
@@ -184,7 +185,11 @@ int __syncthreads_or(int vote) {
   return b.voted[round % 2];
 }
 
+int emulated_code_version() {
+  return g_code;
+}
 void emulated_cluster_barrier() {
+  if (g_code < 90) return;
   Cluster& c = *g_now->block->cluster;
   const unsigned round = c.round;
   if (++c.at_barrier == c.live) {
@@ -284,7 +289,7 @@ const char* cudaGetErrorString(cudaError_t e) {
   return e == cudaSuccess ? "no error" : "invalid value";
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = g_processors * 1024 + g_shared_kb;  // what is known of one device does not hold for the next
+  *device = (g_processors * 1024 + g_shared_kb) * 256 + g_code;  // what is known of one device does not hold for the next
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
@@ -333,8 +338,9 @@ int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 
 // For the tests
 __attribute__((visibility("default"))) void emulator_set(int order, int processors, int shared_kb,
-                                                         int capturing) {
+                                                         int capturing, int code) {
   g_order = order, g_processors = processors, g_shared_kb = shared_kb, g_capturing = capturing != 0;
+  g_code = code;
 }
 __attribute__((visibility("default"))) uint64_t emulator_launches() {
   return g_launches;
