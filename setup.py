@@ -22,6 +22,7 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -35,7 +36,8 @@ OLDEST_TORCH = (2, 11)
 # No -ffast-math: NaN, infinities and the order of sums matter here.
 CXXFLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 CXXFLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-# csrc/cpu/kernel.cpp is compiled once per instruction set; the library picks among them at run time.
+# These of csrc/cpu are compiled once per instruction set; the library picks among the sets at run time.
+PER_VARIANT = ("uncentred_double", "uncentred_float", "kernel")  # the slowest to compile first
 VARIANTS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS["avx2"] = ["-march=x86-64-v3"]
@@ -217,15 +219,12 @@ def add_library(
 def add_cpu_library(ninja: NinjaFile, target: Path, torch: Torch) -> None:
     werror = ["-Werror"] if os.environ.get("CMIM_KERNELS_WERROR") == "1" else []
     base = [*compiler(), *CXXFLAGS, *werror, f"-I{CSRC}"]
-    kernel = CSRC / "cpu" / "kernel.cpp"
-    objects = [
-        ninja.compile(
-            kernel, f"kernel_{name}", [*base, f"-DCMIM_VARIANT={name}", *flags, *extra_flags("CXXFLAGS")]
-        )
-        for name, flags in VARIANTS.items()
-    ]
+    objects = []
+    for stem, (name, flags) in product(PER_VARIANT, VARIANTS.items()):
+        command = [*base, f"-DCMIM_VARIANT={name}", *flags, *extra_flags("CXXFLAGS")]
+        objects.append(ninja.compile(CSRC / "cpu" / f"{stem}.cpp", f"{stem}_{name}", command))
     for source in [CSRC / "ops.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]:
-        if source != kernel:
+        if source.stem not in PER_VARIANT:
             command = [*base, *torch.definitions(), *torch.includes(), *extra_flags("CXXFLAGS")]
             objects.append(ninja.compile(source, f"cpu_{source.stem}", command))
     add_library(ninja, target, objects, torch, ["-ltorch_cpu"])

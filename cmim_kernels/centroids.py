@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .dispatch import check_backend
-from .functional import DEFAULT_SPECTRUM, check_ignore_index, checked_number, class_centroids
+from .functional import DEFAULT_SPECTRUM, checked_ignore_index, checked_number, class_centroids
 from .spectrum import Numbers, TemperatureSpectrum
 
 Mode = Literal["ema", "epoch", "fixed"]
@@ -86,7 +86,6 @@ class CentroidBank(nn.Module):
             raise ValueError(f"mode must be one of {list(_MODES)}, got {mode!r}")
         if not checked_number("decay", decay) < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay!r}")
-        check_ignore_index(ignore_index)
         check_backend(backend)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
@@ -98,7 +97,7 @@ class CentroidBank(nn.Module):
         self.num_classes = num_classes
         self.mode: Mode = mode
         self.decay = float(decay)
-        self.ignore_index = ignore_index
+        self.ignore_index = checked_ignore_index(ignore_index)
         self.process_group = process_group
         self.backend = backend
         shape = (len(self.spectrum), num_classes, num_classes)

@@ -11,7 +11,7 @@ import math
 import re
 import weakref
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -105,7 +105,7 @@ def fused_cmi_loss(
     if process_group is not None:
         if reduction == "none":
             raise ValueError("reduction must be 'mean' or 'sum' with a process_group, got 'none'")
-        logits, target = gather_batch(logits, target, ignore_index, process_group)
+        logits, target = gather_batch(logits, target, numbers[3], process_group)
     return _evaluate(
         pick(backend, logits, len(spectrum.weights)),
         logits,
@@ -136,7 +136,7 @@ def cmi_spectrum(
     """
     _check_batch(logits, target)
     spectrum = as_spectrum(temperatures, None)
-    check_ignore_index(ignore_index)
+    ignore_index = checked_ignore_index(ignore_index)
     if centroids is not None:
         centroids = _centroids(centroids, logits, len(spectrum.weights))
     if process_group is not None:
@@ -165,7 +165,7 @@ def class_centroids(
     """
     _check_batch(logits, target)
     spectrum = as_spectrum(temperatures, None)
-    check_ignore_index(ignore_index)
+    ignore_index = checked_ignore_index(ignore_index)
     logits = logits.detach()
     if process_group is not None:
         logits, target = gather_batch(logits, target, ignore_index, process_group)
@@ -279,7 +279,7 @@ def checked_numbers(
     if type(reduction) is not str or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {list(_REDUCTIONS)}, got {reduction!r}")
     if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
-        check_ignore_index(ignore_index)
+        ignore_index = checked_ignore_index(ignore_index)
     return ce_weight, cmi_weight, label_smoothing, ignore_index, _REDUCTIONS[reduction]
 
 
@@ -294,11 +294,13 @@ def checked_number(name: str, value: Any, most: float = math.inf) -> float:
     return number
 
 
-def check_ignore_index(value: object) -> None:
-    if type(value) is not int:
+def checked_ignore_index(value: object) -> int:
+    """`value` as an int; NumPy's integers are welcome."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"ignore_index must fit into int64, got {value}")
+    return int(value)
 
 
 def _class_weight(weight: Tensor, logits: Tensor) -> Tensor:

@@ -128,8 +128,8 @@ def settings(
     capturing: bool = False,
     code: int = 90,
 ) -> Iterator[None]:
-    """Which kernels run, compiled for which architecture; the order of threads (0 ascending, 1 descending, else a
-    seed); the device's size."""
+    """Which kernels run, for which architecture they were compiled; the order of threads (0 ascending, 1
+    descending, else a seed); the device's size."""
     backend = emulated()
     try:
         backend.native.emulator_set(order, processors, shared_kb, int(capturing), code)

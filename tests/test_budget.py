@@ -19,7 +19,11 @@ from cmim_kernels.testing import (
 # once.
 SEEDS = range(16)
 # Options of which there is something to every column; the others are numbers, or numbers of a row.
-BY_COLUMN = ("default", "general_grid", "cross_entropy_options", "rows", "centroids")
+BY_COLUMN = ("general_grid", "cross_entropy_options", "rows", "centroids")
+# The defaults are tried in every regime; a spectrum asks for temperatures, centroids and rows to ignore only.
+NOT_OF_SPECTRA = ("default", "cmi_alone", "cross_entropy_options", "rows")
+EVERY_OPTION = [("loss", name) for name in OPTIONS if name != "default"]
+EVERY_OPTION += [("spectrum", name) for name in OPTIONS if name not in NOT_OF_SPECTRA]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -66,8 +70,7 @@ def test_spectrum_in_every_regime(place: Place, regime: Regime) -> None:
 @pytest.mark.parametrize(
     "name", ["random", "random_x10", "masked_in_some_rows", "classes_129", "collapsed_0.3"]
 )
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("of", ["loss", "spectrum"])
+@pytest.mark.parametrize(("of", "options"), EVERY_OPTION)
 def test_every_option(place: Place, name: str, options: str, of: str) -> None:
     if (place.interpreted or place.emulated) and name == "classes_129" and options not in BY_COLUMN:
         pytest.skip("slow: this width is tried with the options that go by columns")

@@ -103,3 +103,17 @@ def test_weights_of_the_terms_add_up(place: Place) -> None:
     ]
     for k in (0, 1):
         torch.testing.assert_close(parts[0][k] + parts[1][k], parts[2][k], rtol=1e-5, atol=1e-7)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    logits, target = regime("random").make()
+    ignored = {"ignore_index": numpy.int64(2)}
+    loss = ck.fused_cmi_loss(
+        logits, target, cmi_weight=numpy.float32(0), label_smoothing=numpy.float64(0.1), **ignored
+    )
+    assert loss == ck.CMIMLoss(cmi_weight=0, label_smoothing=0.1, ignore_index=2)(logits, target)
+    spectrum = ck.cmi_spectrum(logits, target, ignore_index=2)
+    assert torch.equal(ck.cmi_spectrum(logits, target, **ignored), spectrum)
+    assert ck.class_centroids(logits, target, **ignored)[1][2] == 0
+    assert ck.CentroidBank(10, **ignored).ignore_index == 2

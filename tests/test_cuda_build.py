@@ -24,7 +24,7 @@ needs_nvcc = pytest.mark.skipif(setup.why_no_cuda() is not None, reason=str(setu
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.timeout(4000)  # thirteen minutes of one core, beside other tests
+@pytest.mark.timeout(4000)  # eight minutes of one core, beside other tests
 class TestCompiled:
     """Kernels, launchers and binding, all warnings errors; asserted is what the compiler itself reports."""
 

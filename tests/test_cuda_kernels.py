@@ -118,7 +118,7 @@ class TestClustersOfBlocks:
             check(logits, arguments(target, a=a, centroids=centroids))
 
     def test_not_in_code_for_devices_without_them(self, width: float, a: Grid) -> None:
-        """Built with CUDA_ARCH_LIST=80, the driver makes a newer device's code from PTX that has no barrier."""
+        """Built with CUDA_ARCH_LIST=80, a newer device's code comes from PTX that has no barrier."""
         logits, target = clusters(width, n=12, c=520, classes=3)
         with settings(FUSED, processors=100, code=80):
             check(logits, arguments(target, a=a))

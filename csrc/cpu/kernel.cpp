@@ -1,11 +1,12 @@
-// One instruction-set variant of the CPU kernel. This file is compiled once per variant, with CMIM_VARIANT
-// naming it and the compiler's flags choosing the instructions; everything but the table at the end has
-// internal linkage.
+// One instruction-set variant of the CPU kernel: how a cluster is computed, and the table that the driver
+// calls it by. Like uncentred_*.cpp, which take most of the compiler's time and are therefore files of their
+// own, this one is compiled once per variant, with CMIM_VARIANT naming it and the compiler's flags choosing
+// the instructions; everything but the table at the end has internal linkage.
 #include "narrow.h"
 #include "problem.h"
 #include "row.h"
 #include "split.h"
-#include "wide.h"
+#include "uncentred.h"
 
 namespace cmim::cpu {
 namespace {
@@ -27,24 +28,12 @@ class FlushSubnormals {
 // of the smallest have just vanished.
 constexpr double kSpan = 1e8;
 
-template <class T, bool kGiven, bool kPerRow>
-bool run_wide(const Job& job, const Cluster& cluster, const Team& team, Workspace& ws) {
-  Wide<T, kGiven, kPerRow> pass(job, cluster, team.run != nullptr, ws);
-  return pass.with_source([&](auto source) { return pass.template run<decltype(source)::value>(team); });
-}
-
 // Of every temperature, uncentred: in float if that resolves the cluster, else in double.
 void uncentred(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
-  const bool in_float = job.storage != Storage::f64 && job.a[job.temperatures - 1] <= kSpan * job.a[0];
-  if (job.centroids) {
-    if (in_float && run_wide<float, true, false>(job, cl, team, ws)) return;
-    run_wide<double, true, false>(job, cl, team, ws);
-  } else if (job.upstream) {
-    run_wide<double, false, true>(job, cl, team, ws);
-  } else {
-    if (in_float && run_wide<float, false, false>(job, cl, team, ws)) return;
-    run_wide<double, false, false>(job, cl, team, ws);
-  }
+  const bool in_float = job.storage != Storage::f64 && job.a[job.temperatures - 1] <= kSpan * job.a[0] &&
+                        (job.centroids || !job.upstream);
+  if (in_float && CMIM_VARIANT::uncentred_in_float(job, cl, team, ws)) return;
+  CMIM_VARIANT::uncentred_in_double(job, cl, team, ws);
 }
 
 // Of all temperatures, centred. Returns 0, or how far |d| reaches where that is too far.

@@ -296,5 +296,11 @@ struct Wide : UncentredGradient<T> {
   }
 };
 
+template <class T, bool kGiven, bool kPerRow>
+bool run_wide(const Job& job, const Cluster& cluster, const Team& team, Workspace& ws) {
+  Wide<T, kGiven, kPerRow> pass(job, cluster, team.run != nullptr, ws);
+  return pass.with_source([&](auto source) { return pass.template run<decltype(source)::value>(team); });
+}
+
 }  // namespace
 }  // namespace cmim::cpu
