@@ -298,9 +298,10 @@ def checked_ignore_index(value: object) -> int:
     """`value` as an int; NumPy's integers are welcome."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"ignore_index must fit into int64, got {value}")
-    return int(value)
+    index = int(value)
+    if not -(2**63) <= index < 2**63:
+        raise ValueError(f"ignore_index must fit into int64, got {index}")
+    return index
 
 
 def _class_weight(weight: Tensor, logits: Tensor) -> Tensor:

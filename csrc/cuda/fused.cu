@@ -342,7 +342,8 @@ unsigned* ticket_table() {
 
 int code_version() {
   cudaFuncAttributes found{};
-  const cudaError_t error = cudaFuncGetAttributes(&found, fused_forward<Kind<float, float, kDirectChunk, false>>);
+  const cudaError_t error =
+      cudaFuncGetAttributes(&found, fused_forward<Kind<float, float, kDirectChunk, false>>);
   return error == cudaSuccess ? found.ptxVersion : 0;
 }
 

@@ -77,7 +77,7 @@ def spread(Z, S, begin, end, centre, centre_top, col, low, high, floor, R: tl.co
         d = from_centre(z, top, live, centre, centre_top)
         squares += tl.sum(d * d, 0)
         size = tl.abs(d)
-        matters = tl.maximum(z - top[:, None], from_top[None, :]) > -NEGLIGIBLE * size
+        matters = tl.maximum(z - top[:, None], from_top[None, :]) > size * -NEGLIGIBLE
         widest = tl.maximum(widest, tl.max(tl.where(matters, size, 0.0), 0))
     x = tl.maximum(from_top, floor)
     mild = tl.exp2(low * LOG2E * x)
