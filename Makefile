@@ -46,9 +46,10 @@ format: $(VENV)/dev.stamp ## rewrite the sources as lint wants them
 # A process for each core, whole files apiece; what measures time comes last and alone.
 PARALLEL := --numprocesses=auto --dist=loadfile
 
-# The interpreter's switch must be set before Triton is imported, so its tests are a process of their own.
+# The interpreter's switch must be set before Triton is imported, so its tests are processes of their own. Few of
+# its files take most of the time: the processes share them.
 interpreter: $(VENV)/dev.stamp ## the Triton kernels on the CPU, through Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter --numprocesses=auto --dist=worksteal
 
 unit: $(VENV)/dev.stamp ## the other tests
 	$(BIN)/python -m pytest -m "not interpreter and not speed" $(PARALLEL)

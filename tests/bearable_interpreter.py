@@ -10,6 +10,7 @@ The interpreter cuts off the digits that a bfloat16 has no room for. Devices rou
 and so it is done here. Its exponential is right to half a unit in the last place; a device's is one
 instruction, `ex2.approx.ftz`, which errs by up to two units (CUDA C++ Programming Guide, exp2f). So does the
 one here: by what looks drawn at random for each argument, not at whole numbers, and to no subnormal results.
+Before Triton 3.9 the interpreter rounds a fused multiply-add twice; here it does so in double only.
 """
 
 from __future__ import annotations
@@ -110,6 +111,13 @@ def _exp2(self: Any, argument: Any) -> Any:
     return interpreter.TensorHandle(np.where(y < 2.0**-126, np.float32(0), y), argument.dtype.scalar)
 
 
+def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data  # of float32, but for this sum
+    return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+
+if not hasattr(interpreter._interpreter, "fma_fp32"):
+    interpreter.InterpreterBuilder.create_fma = _fma
 interpreter.InterpretedFunction.__call__ = _call
 interpreter._get_np_dtype = _remembered_dtype
 tl.core.block_type.__init__ = _remembered_block_type
