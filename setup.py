@@ -138,7 +138,7 @@ def cuda_architecture_flags(nvcc: Path) -> list[str]:
     """-gencode flags for the wanted architectures that this nvcc knows, with PTX for those that come after.
 
     Below and from CLUSTERS_FROM on the sources are the same for all, so that each family shares the code of
-    its oldest up to the assembler, and the newer one's is the PTX, which saves half of the time.
+    its oldest up to the assembler, and the newer one's is the PTX, which saves two fifths of the time.
     """
     listed = subprocess.run([str(nvcc), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
     known = set(re.findall(r"compute_(\d+)", listed))

@@ -289,8 +289,8 @@ const char* cudaGetErrorString(cudaError_t e) {
   return e == cudaSuccess ? "no error" : "invalid value";
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = (g_processors * 1024 + g_shared_kb) * 256 +
-            g_code;  // what is known of one device does not hold for the next
+  // What is known of one device does not hold for the next.
+  *device = (g_processors * 1024 + g_shared_kb) * 256 + g_code;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
