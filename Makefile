@@ -43,16 +43,16 @@ format: $(VENV)/dev.stamp ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
 
-# A process for each core, whole files apiece; what measures time comes last and alone.
-PARALLEL := --numprocesses=auto --dist=loadfile
+PARALLEL := --numprocesses=auto
 
 # The interpreter's switch must be set before Triton is imported, so its tests are processes of their own. Few of
 # its files take most of the time: the processes share them.
 interpreter: $(VENV)/dev.stamp ## the Triton kernels on the CPU, through Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter --numprocesses=auto --dist=worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter $(PARALLEL) --dist=worksteal
 
+# Whole files apiece; what measures time comes last and alone.
 unit: $(VENV)/dev.stamp ## the other tests
-	$(BIN)/python -m pytest -m "not interpreter and not speed" $(PARALLEL)
+	$(BIN)/python -m pytest -m "not interpreter and not speed" $(PARALLEL) --dist=loadfile
 	$(BIN)/python -m pytest -m "not interpreter and speed"
 
 bench: $(VENV)/dev.stamp ## time the loss against F.cross_entropy, print tables, plot

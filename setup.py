@@ -152,7 +152,9 @@ def cuda_architecture_flags(nvcc: Path) -> list[str]:
     families = ([n for n in chosen if (int(n) >= CLUSTERS_FROM) == newer] for newer in (False, True))
     flags = []
     for family in filter(None, families):
-        codes = [f"sm_{n}" for n in family] + [f"compute_{family[0]}"] * (family[-1] == chosen[-1])
+        codes = [f"sm_{n}" for n in family]
+        if family[-1] == chosen[-1]:
+            codes.append(f"compute_{family[0]}")
         flags.append(f"-gencode=arch=compute_{family[0]},code=[{','.join(codes)}]")
     return flags
 

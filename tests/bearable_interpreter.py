@@ -112,8 +112,8 @@ def _exp2(self: Any, argument: Any) -> Any:
 
 
 def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-    exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data  # of float32, but for this sum
-    return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+    product = x.data.astype(np.float64) * y.data.astype(np.float64)  # exact, of two float32
+    return interpreter.TensorHandle((product + z.data).astype(z.data.dtype), z.dtype.scalar)
 
 
 if not hasattr(interpreter._interpreter, "fma_fp32"):

@@ -31,7 +31,7 @@ constexpr double kSpan = 1e8;
 // Of every temperature, uncentred: in float if that resolves the cluster, else in double.
 void uncentred(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
   const bool in_float = job.storage != Storage::f64 && job.a[job.temperatures - 1] <= kSpan * job.a[0] &&
-                        (job.centroids || !job.upstream);
+                        !has_own_upstreams(job);
   if (in_float && CMIM_VARIANT::uncentred_in_float(job, cl, team, ws)) return;
   CMIM_VARIANT::uncentred_in_double(job, cl, team, ws);
 }

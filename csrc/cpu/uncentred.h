@@ -5,8 +5,8 @@
 
 namespace cmim::cpu::CMIM_VARIANT {
 
-// Returns false, with no gradient written, where float does not resolve the cluster. Not for rows that have
-// upstream gradients of their own, but with given centroids.
+// Returns false, with no gradient written, where float does not resolve the cluster. Not for a job that
+// has_own_upstreams().
 bool uncentred_in_float(const Job& job, const Cluster& cluster, const Team& team, Workspace& ws);
 void uncentred_in_double(const Job& job, const Cluster& cluster, const Team& team, Workspace& ws);
 

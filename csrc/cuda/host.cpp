@@ -19,7 +19,7 @@ std::mutex& mutex() {
   return m;
 }
 
-// Memory that a capturing stream must not be asked for.
+// What must not be asked for while a stream is capturing: memory, or code that is not loaded yet.
 class WhileNotCapturing {
  public:
   WhileNotCapturing() { cudaThreadExchangeStreamCaptureMode(&mode_); }
