@@ -3,8 +3,9 @@
 A launch replaces the functions of `triton.language` by interpreted ones, by walking through the whole
 module, and so does every call of a device function within it, though there is nothing left to replace: two
 thirds of a run's time. Importing this module leaves out the walks that change nothing. Much of the rest goes
-into the types and shapes of blocks, which are few, and are remembered here; into finding out that two blocks
-of one type need not be converted; and into sums for an assertion on overflow that is then left out.
+into the types and shapes of blocks, which are few, and are remembered here; into finding out that two tensors
+of one type need not be converted, and copying one to the shape of the other, which NumPy does by itself; and
+into assertions on sizes and sums for one on overflow, which are left out.
 
 The interpreter cuts off the digits that a bfloat16 has no room for. Devices round to nearest, ties to even,
 and so it is done here. Its exponential is right to half a unit in the last place; a device's is one
@@ -25,13 +26,17 @@ from triton.runtime import interpreter
 
 _convert, _dtype = interpreter._convert_float, interpreter._get_np_dtype
 _block_type, _tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
+_with_element, _lowered = tl.core.block_type.with_element_ty, tl.core.block_type.to_ir
 _broadcast = semantic.TritonSemantic.broadcast_impl_value
+_expand_dims = semantic.TritonSemantic.expand_dims
 _alike = semantic.TritonSemantic.binary_op_type_checking_impl
 _block_types: dict[Any, dict[str, Any]] = {}
 _tensors: dict[str, dict[str, Any]] = {}
 _dtypes: dict[str, Any] = {}
 _constants: dict[Any, Any] = {}
-_PLAIN = {"fp32": float, "int32": int, "int64": int}  # numbers of their kind
+_retyped: dict[Any, Any] = {}
+_shapes: dict[Any, Any] = {}
+_PLAIN = {"fp32": float, "fp64": float, "int32": int, "int64": int}  # numbers of their kind
 
 
 @functools.cache
@@ -53,6 +58,19 @@ def _remembered_block_type(self: Any, element_ty: Any, shape: Any) -> None:
     vars(self).update(_block_types[key])
 
 
+def _remembered_with_element(self: Any, scalar_ty: Any) -> Any:
+    key = (self.name, scalar_ty.name)
+    if key not in _retyped:
+        _retyped[key] = _with_element(self, scalar_ty)
+    return _retyped[key]
+
+
+def _remembered_lowered(self: Any, builder: Any) -> Any:
+    if self.name not in _retyped:
+        _retyped[self.name] = _lowered(self, builder)
+    return _retyped[self.name]
+
+
 def _remembered_tensor(self: Any, handle: Any, type: Any) -> None:
     if type.name not in _tensors:
         _tensor(self, handle, type)
@@ -66,25 +84,53 @@ def _remembered_dtype(type: Any) -> Any:
     return _dtypes[type.name]
 
 
+def _expanded(self: Any, input: Any, axis: int) -> Any:
+    key = (input.type.name, axis)
+    if key not in _shapes:
+        _shapes[key] = _expand_dims(self, input, axis).type
+    data = input.handle.data[(slice(None),) * axis + (None,)]
+    return self.make_tensor(interpreter.TensorHandle(data, input.handle.dtype.scalar), _shapes[key])
+
+
 def _broadcast_unless_alike(self: Any, one: Any, other: Any) -> Any:
     if one.type.is_block() and other.type.is_block() and one.type.shape.values == other.type.shape.values:
         return one, other
     return _broadcast(self, one, other)
 
 
-def _alike_unless_of_one_type(self: Any, one: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
-    """Two blocks of one type, or a block and a number of its kind, are not converted."""
-    known = isinstance(one, tl.tensor) and _PLAIN.get(one.dtype.name)
-    if not known:
+def _alike_unless_known(self: Any, one: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
+    """Two tensors of one type, one and a number of its kind, a pointer and an offset are not converted."""
+    if not isinstance(one, tl.tensor):
+        if isinstance(other, tl.tensor) and type(one) is _PLAIN.get(other.dtype.name):
+            return _constant(self, other, one, 0, (one, other), args), other
         return _alike(self, one, other, *args, **kwargs)
-    if isinstance(other, tl.tensor) and other.dtype.name == one.dtype.name:
-        return self.broadcast_impl_value(one, other)
-    if type(other) is not known or not one.type.is_block():
+    if not isinstance(other, tl.tensor):
+        if type(other) is _PLAIN.get(one.dtype.name):
+            return one, _constant(self, one, other, 1, (one, other), args)
         return _alike(self, one, other, *args, **kwargs)
-    key = (one.type.name, other.hex() if isinstance(other, float) else other)  # 0.0 is not -0.0
+    same = one.dtype.name == other.dtype.name and (one.dtype.name in _PLAIN or one.dtype.is_int1())
+    if same or (one.dtype.is_ptr() and other.dtype.is_int() and args):
+        return _of_one_shape(self, one, other)
+    return _alike(self, one, other, *args, **kwargs)
+
+
+def _of_one_shape(self: Any, one: Any, other: Any) -> tuple[Any, Any]:
+    """By their types only: the operation that follows broadcasts the numbers, as NumPy does."""
+    if one.type.name == other.type.name:
+        return one, other
+    key = (one.type.name, other.type.name)
+    if key not in _shapes:
+        _shapes[key] = tuple(value.type for value in _broadcast(self, one, other))
+    return tuple(
+        self.make_tensor(value.handle, type) for value, type in zip((one, other), _shapes[key], strict=True)
+    )
+
+
+def _constant(self: Any, like: Any, number: Any, place: int, both: Any, args: Any) -> Any:
+    key = (like.type.name, number.hex() if isinstance(number, float) else number)  # 0.0 is not -0.0
     if key not in _constants:
-        _constants[key] = _alike(self, one, other, *args, **kwargs)[1]
-    return one, _constants[key]
+        _constants[key] = _alike(self, *both, *args)[place]
+    return _constants[key]
 
 
 def _rounded(source: Any, from_type: Any, to_type: Any, mode: Any) -> Any:
@@ -119,11 +165,15 @@ def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
 if not hasattr(interpreter._interpreter, "fma_fp32"):
     interpreter.InterpreterBuilder.create_fma = _fma
 interpreter.InterpretedFunction.__call__ = _call
+interpreter.TensorHandle.__post_init__ = lambda self: None
 interpreter._get_np_dtype = _remembered_dtype
 tl.core.block_type.__init__ = _remembered_block_type
+tl.core.block_type.with_element_ty = _remembered_with_element
+tl.core.block_type.to_ir = _remembered_lowered
 tl.core.tensor.__init__ = _remembered_tensor
+semantic.TritonSemantic.expand_dims = _expanded
 semantic.TritonSemantic.broadcast_impl_value = _broadcast_unless_alike
-semantic.TritonSemantic.binary_op_type_checking_impl = _alike_unless_of_one_type
+semantic.TritonSemantic.binary_op_type_checking_impl = _alike_unless_known
 interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 interpreter.InterpreterBuilder.create_exp2 = _exp2
 interpreter._convert_float = _rounded
