@@ -14,16 +14,16 @@ help: ## this list
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)"
 	@touch $@
 
 # Editable, so that the sources are used as they are; built again whenever something native has changed.
 $(VENV)/demo.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[demo]"
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
 	@touch $@ $(VENV)/demo.stamp
 
 demo: $(VENV)/demo.stamp ## train a digit classifier with cross entropy and with CMIM, compare, try to distil both, plot
