@@ -35,7 +35,9 @@ _tensors: dict[str, dict[str, Any]] = {}
 _dtypes: dict[str, Any] = {}
 _constants: dict[Any, Any] = {}
 _retyped: dict[Any, Any] = {}
-_shapes: dict[Any, Any] = {}
+_lowered_types: dict[str, Any] = {}
+_expanded_types: dict[Any, Any] = {}
+_common_types: dict[Any, Any] = {}
 _PLAIN = {"fp32": float, "fp64": float, "int32": int, "int64": int}  # numbers of their kind
 
 
@@ -66,9 +68,9 @@ def _remembered_with_element(self: Any, scalar_ty: Any) -> Any:
 
 
 def _remembered_lowered(self: Any, builder: Any) -> Any:
-    if self.name not in _retyped:
-        _retyped[self.name] = _lowered(self, builder)
-    return _retyped[self.name]
+    if self.name not in _lowered_types:
+        _lowered_types[self.name] = _lowered(self, builder)
+    return _lowered_types[self.name]
 
 
 def _remembered_tensor(self: Any, handle: Any, type: Any) -> None:
@@ -86,10 +88,10 @@ def _remembered_dtype(type: Any) -> Any:
 
 def _expanded(self: Any, input: Any, axis: int) -> Any:
     key = (input.type.name, axis)
-    if key not in _shapes:
-        _shapes[key] = _expand_dims(self, input, axis).type
+    if key not in _expanded_types:
+        _expanded_types[key] = _expand_dims(self, input, axis).type
     data = input.handle.data[(slice(None),) * axis + (None,)]
-    return self.make_tensor(interpreter.TensorHandle(data, input.handle.dtype.scalar), _shapes[key])
+    return self.tensor(interpreter.TensorHandle(data, input.handle.dtype.scalar), _expanded_types[key])
 
 
 def _broadcast_unless_alike(self: Any, one: Any, other: Any) -> Any:
@@ -119,10 +121,10 @@ def _of_one_shape(self: Any, one: Any, other: Any) -> tuple[Any, Any]:
     if one.type.name == other.type.name:
         return one, other
     key = (one.type.name, other.type.name)
-    if key not in _shapes:
-        _shapes[key] = tuple(value.type for value in _broadcast(self, one, other))
+    if key not in _common_types:
+        _common_types[key] = tuple(value.type for value in _broadcast(self, one, other))
     return tuple(
-        self.make_tensor(value.handle, type) for value, type in zip((one, other), _shapes[key], strict=True)
+        self.tensor(value.handle, type) for value, type in zip((one, other), _common_types[key], strict=True)
     )
 
 
