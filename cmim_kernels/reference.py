@@ -72,7 +72,7 @@ def divergences(
     if centroids is None:
         p, q, log_ratio = _batch_ratios(z, torch.where(kept, target, -1), a)
     else:
-        log_p = torch.log_softmax(a * z, dim=-1)  # (K, N, C)
+        log_p = torch.log_softmax(a * _from_largest(z), dim=-1)  # (K, N, C)
         q = centroids.to(z)[:, torch.where(kept, target, 0)]  # (K, N, C)
         p, log_ratio = log_p.exp(), log_p - q.log()
     return _generalised_kl(p, q, log_ratio).masked_fill(~kept, 0)
@@ -85,7 +85,8 @@ def class_centroids(
     kept = target != ignore_index
     z = _wide_rows(logits.detach(), kept)
     classes = z.shape[1]
-    p = torch.softmax(z.new_tensor(inverse_temperatures)[:, None, None] * z, dim=-1)  # (K, N, C)
+    a = z.new_tensor(inverse_temperatures)[:, None, None]  # (K, 1, 1)
+    p = torch.softmax(a * _from_largest(z), dim=-1)  # (K, N, C)
     label = torch.where(kept, target, classes)  # ignored rows go to an extra class, dropped below
     total = p.new_zeros(len(p), classes + 1, classes).index_add(1, label, p)[:, :classes]
     counts = torch.bincount(label, minlength=classes + 1)[:classes]
@@ -97,6 +98,11 @@ def _wide_rows(logits: Tensor, kept: Tensor) -> Tensor:
     """Logits in the arithmetic dtype; 0 in ignored rows, which neither value nor gradient may see."""
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     return logits.to(dtype).masked_fill(~kept[:, None], 0)
+
+
+def _from_largest(z: Tensor) -> Tensor:
+    """z less each row's largest, which no softmax sees: a cold temperature would multiply its rounding."""
+    return z - z.detach().amax(-1, keepdim=True)
 
 
 def _batch_ratios(z: Tensor, label: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,6 +56,7 @@ from test_determinism import (  # noqa: F401
     test_splitting_off_other_classes_changes_nothing,
 )
 from test_extreme_temperatures import (  # noqa: F401
+    test_cold_temperatures_do_not_see_how_large_the_logits_are,
     test_divergence_of_every_temperature,
     test_loss_and_its_gradient,
     test_the_cross_entropy_does_not_see_the_temperatures,

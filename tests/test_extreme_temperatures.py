@@ -4,6 +4,7 @@ one-hot, at 1000 every cluster has collapsed, and the cross entropy beside them 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from cmim_kernels.testing import (
     assert_within_budget,
     base,
     truth,
+    value_and_grad,
 )
 
 GRIDS = {
@@ -128,3 +130,23 @@ def test_the_cross_entropy_does_not_see_the_temperatures(place: Place, temperatu
     expected = fused(place, Options(cmi_weight=0.0), logits, target)
     assert torch.equal(out[0], expected[0])
     assert torch.equal(out[1], expected[1])
+
+
+def test_cold_temperatures_do_not_see_how_large_the_logits_are(place: Place) -> None:
+    """Logits that another row's are but for an offset, exactly: the same centroids, and divergence from given
+    ones."""
+    place.needs(torch.float64)
+    logits = torch.randint(-4, 5, (12, 9)).double() / 1024  # differences of a few units at T = 0.003
+    target = torch.arange(12) % 3
+    given = torch.rand(1, 9, 9, dtype=torch.float64).softmax(-1).to(place.device)
+    results = []
+    for offset in (0, 4096):
+        moved, labels = (logits + offset).to(place.device), target.to(place.device)
+        loss = partial(
+            ck.fused_cmi_loss, temperatures=[0.003], ce_weight=0.0, centroids=given, backend=place.name
+        )
+        value, gradient = value_and_grad(loss, moved, labels)
+        centroids, _ = ck.class_centroids(moved, labels, temperatures=[0.003], backend=place.name)
+        results.append((value, gradient, centroids))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
