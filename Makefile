@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help demo test lint format unit interpreter bench results gpu-check clean
@@ -14,16 +15,16 @@ help: ## this list
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)"
+	$(INSTALL) "$(TORCH)"
 	@touch $@
 
 # Editable, so that the sources are used as they are; built again whenever something native has changed.
 $(VENV)/demo.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(BIN)/python -m pip install --quiet --no-compile --editable ".[demo]"
+	$(INSTALL) --editable ".[demo]"
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
+	$(INSTALL) --editable ".[dev]"
 	@touch $@ $(VENV)/demo.stamp
 
 demo: $(VENV)/demo.stamp ## train a digit classifier with cross entropy and with CMIM, compare, try to distil both, plot

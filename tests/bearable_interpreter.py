@@ -104,11 +104,11 @@ def _alike_unless_known(self: Any, one: Any, other: Any, *args: Any, **kwargs: A
     """Two tensors of one type, one and a number of its kind, a pointer and an offset are not converted."""
     if not isinstance(one, tl.tensor):
         if isinstance(other, tl.tensor) and type(one) is _PLAIN.get(other.dtype.name):
-            return _constant(self, other, one, 0, (one, other), args), other
+            return _constant(self, other, one), other
         return _alike(self, one, other, *args, **kwargs)
     if not isinstance(other, tl.tensor):
         if type(other) is _PLAIN.get(one.dtype.name):
-            return one, _constant(self, one, other, 1, (one, other), args)
+            return one, _constant(self, one, other)
         return _alike(self, one, other, *args, **kwargs)
     same = one.dtype.name == other.dtype.name and (one.dtype.name in _PLAIN or one.dtype.is_int1())
     if same or (one.dtype.is_ptr() and other.dtype.is_int() and args):
@@ -128,10 +128,10 @@ def _of_one_shape(self: Any, one: Any, other: Any) -> tuple[Any, Any]:
     )
 
 
-def _constant(self: Any, like: Any, number: Any, place: int, both: Any, args: Any) -> Any:
+def _constant(self: Any, like: Any, number: Any) -> Any:
     key = (like.type.name, number.hex() if isinstance(number, float) else number)  # 0.0 is not -0.0
     if key not in _constants:
-        _constants[key] = _alike(self, *both, *args)[place]
+        _constants[key] = _alike(self, like, number)[1]
     return _constants[key]
 
 

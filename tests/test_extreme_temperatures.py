@@ -133,8 +133,7 @@ def test_the_cross_entropy_does_not_see_the_temperatures(place: Place, temperatu
 
 
 def test_cold_temperatures_do_not_see_how_large_the_logits_are(place: Place) -> None:
-    """Logits that another row's are but for an offset, exactly: the same centroids, and divergence from given
-    ones."""
+    """An offset that rounds no logit changes neither the centroids nor the divergence from given ones."""
     place.needs(torch.float64)
     logits = torch.randint(-4, 5, (12, 9)).double() / 1024  # differences of a few units at T = 0.003
     target = torch.arange(12) % 3

@@ -116,7 +116,9 @@ void become(Fiber& f) {
   blockIdx.x = f.block->index;
 }
 
-// In ascending order the warp's next thread goes on at once, without a look at all the others.
+// In ascending order the warp's next thread goes on at once, without a look at all the others, so that a warp
+// goes as far as it can before the next one starts, and its stacks stay in the first-level cache. In the
+// other orders all threads go in step.
 void wait_until_changed(const unsigned* what, unsigned round) {
   Fiber& me = *g_now;
   me.waits_for = what;
@@ -144,14 +146,11 @@ bool resume(Fiber& f) {
   return true;
 }
 
-// Resumes one fiber after the other, in the order asked for, until all are done. In ascending order each warp
-// goes as far as it can before the next one starts: its stacks stay in the first-level cache. In the other
-// orders all threads go in step.
+// Resumes one fiber after the other, in the order asked for, until all are done.
 void run_all(std::vector<Fiber>& fibers) {
   std::vector<unsigned> order(fibers.size());
   for (unsigned i = 0; i < order.size(); ++i) order[i] = g_order == 1 ? unsigned(order.size()) - 1 - i : i;
   uint64_t random = uint64_t(g_order) * 0x9e3779b97f4a7c15u + 1;
-  const size_t together = g_order == 0 ? kWarp : order.size();
   for (;;) {
     if (g_order > 1)
       for (size_t i = order.size() - 1; i > 0; --i) {
@@ -159,13 +158,7 @@ void run_all(std::vector<Fiber>& fibers) {
         std::swap(order[i], order[(random >> 33) % (i + 1)]);
       }
     bool any_ran = false;
-    for (size_t first = 0; first < order.size(); first += together)
-      for (bool ran = true; ran;) {
-        ran = false;
-        for (size_t i = first; i < first + together; ++i) ran |= resume(fibers[order[i]]);
-        any_ran |= ran;
-        if (g_order != 0) break;
-      }
+    for (unsigned i : order) any_ran |= resume(fibers[i]);
     if (any_ran) continue;
     for (const Fiber& f : fibers)
       if (!f.done) fail("threads wait at a barrier or an exchange that the others never reach");
