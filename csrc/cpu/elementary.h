@@ -180,10 +180,11 @@ CMIM_INLINE Vec<float> log_positive(Vec<float> x, float offset = 0) {
 #else
 template <bool kBits = false>
 CMIM_INLINE Vec<float> log_positive(Vec<float> x, float offset = 0) {
-  const Int<float> ix = bits<Int<float>>(bits<Unsigned<float>>(x) - 0x3f3504f3u);  // 1/sqrt(2)
-  const Int<float> exponent = ix >> 23;
-  const Vec<float> f = bits<Vec<float>>((ix & 0x7fffff) + 0x3f3504f3) - 1.0f;
-  const Vec<float> n = __builtin_convertvector(exponent, Vec<float>);
+  // x = 2^n (1 + f); the exponent stays where it is in a float's bits, 2^23 times as large
+  const Unsigned<float> ix = bits<Unsigned<float>>(x),
+                        exponent = (ix - 0x3f3504f3u) & 0xff800000u;  // 1/sqrt(2)
+  const Vec<float> f = bits<Vec<float>>(ix - exponent) - 1.0f;
+  const Vec<float> n = __builtin_convertvector(bits<Int<float>>(exponent), Vec<float>);
   Vec<float> p = f * -0.076344457f + 0.127615749f;
   p = p * f + -0.131602008f;
   p = p * f + 0.142017596f;
@@ -192,9 +193,9 @@ CMIM_INLINE Vec<float> log_positive(Vec<float> x, float offset = 0) {
   p = p * f + -0.250008211f;
   p = p * f + 0.333333317f;
   const Vec<float> f2 = f * f;
-  const Vec<float> curve = p * (f2 * f) - 0.5f * f2;
-  const Vec<float> y = kBits ? (curve + f) * float(kLog2<float>) + (n + offset)
-                             : (curve + n * 0x1.7f7d1cp-20f + f) + (n * 0x1.62e4p-1f + offset);
+  p = p * f - 0.5f;
+  const Vec<float> y = kBits ? (p * f2 + f) * float(kLog2<float>) + (n * 0x1p-23f + offset)
+                             : (p * f2 + n * 0x1.7f7d1cp-43f + f) + (n * 0x1.62e4p-24f + offset);
   return y + 0.0f * x;  // carries a NaN through
 }
 #endif
@@ -203,10 +204,11 @@ template <bool kBits = false, int kTerms = 11>
 CMIM_INLINE Vec<double> log_positive(Vec<double> x, double offset = 0) {
   static_assert(!kBits, "double computes in base e throughout");
   const int64_t half_root = 0x3fe6a09e667f3bcd;
-  const Int<double> ix = bits<Int<double>>(bits<Unsigned<double>>(x) - uint64_t(half_root));
-  const Int<double> exponent = ix >> 52;
-  const Vec<double> f = bits<Vec<double>>((ix & 0xfffffffffffff) + half_root) - 1.0;
-  const Vec<double> n = __builtin_convertvector(exponent, Vec<double>);
+  // The exponent, 1023 more than it is and so never negative, as the low bits of 2^52: few processors convert
+  // 64-bit integers.
+  const Unsigned<double> ix = bits<Unsigned<double>>(x) + (uint64_t(1023) << 52) - uint64_t(half_root);
+  const Vec<double> n = bits<Vec<double>>((ix >> 52) | (uint64_t(1023 + 52) << 52)) - (0x1p52 + 1023);
+  const Vec<double> f = bits<Vec<double>>((ix & 0xfffffffffffff) + uint64_t(half_root)) - 1.0;
   const Vec<double> s = f / (2.0 + f), s2 = s * s;  // log(1 + f) = 2 atanh(s) = f - s (f - R(s^2))
   Vec<double> p = splat(2.0 / (2 * kTerms + 1));
   for (int odd = 2 * kTerms - 1; odd >= 3; odd -= 2) p = p * s2 + 2.0 / odd;

@@ -52,7 +52,7 @@ struct Narrow : Centre<kSource> {
     layout.take(pbar, slots * K * kStride), layout.take(L, slots * K * kStride);
   }
   void clear_sums(Span rows) {
-    for (int64_t at = rows.begin * K; at < rows.end * K; ++at) acc[at] = V{}, sum[at] = 0;
+    for (int64_t at = rows.begin * K; at < rows.end * K; ++at) sum[at] = 0;
   }
 
   void mean_tile(int64_t tile) {
@@ -74,21 +74,15 @@ struct Narrow : Centre<kSource> {
       constexpr int N = decltype(chunk)::value;
       const float* const from = table(pbar, k0, tile);
       for (int64_t i = rows.begin; i < rows.end; ++i) {
-        V s[N];
-        for (int k = 0; k < N; ++k) s[k] = acc[i * K + k0 + k];
+        V s[N] = {};
         for (int64_t j = begin; j < end; j += W) {
           V v[N];
           this->template expm1_of<N, kOrder>(i, k0, j, v);
           for (int k = 0; k < N; ++k) s[k] += load<V>(from + k * kStride + j) * v[k];
         }
-        for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = s[k];
+        this->add_tile(tile, s, acc + i * K + k0, sum + i * K + k0);
       }
     });
-    flush_after(rows, tile);
-  }
-
-  void flush_after(Span rows, int64_t tile) {
-    if (tile % kFlushTiles == kFlushTiles - 1 || tile == tiles - 1) this->flush(rows, acc, sum);
   }
 
   // Everything of a row that follows from its sums s. False: outside log1p_small's range.
@@ -165,10 +159,9 @@ struct Narrow : Centre<kSource> {
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const float* const x = X + i * Cp;
         float *const e = E + i * Cp, *const g_to = G + i * Cp;
-        V kl[N];
+        V kl[N] = {};
         float scale[N], shift[N];
         for (int k = 0; k < N; ++k) {
-          kl[k] = acc[i * K + k0 + k];
           scale[k] = c[i * K + k0 + k], shift[k] = off[i * K + k0 + k];
         }
         for (int64_t j = begin; j < end; j += W) {
@@ -198,10 +191,9 @@ struct Narrow : Centre<kSource> {
           }
           store(g_to + j, g);
         }
-        for (int k = 0; k < N; ++k) acc[i * K + k0 + k] = kl[k];
+        this->add_tile(tile, kl, acc + i * K + k0, sum + i * K + k0);
       }
     });
-    flush_after(rows, tile);
   }
 
   // The rows' KL, in the place of their sums, and q, what P_k is multiplied by in the gradient

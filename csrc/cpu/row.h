@@ -145,8 +145,11 @@ template <class T>
 CMIM_INLINE void write_entry(const Job& job, int64_t row, int64_t j, double value) {
   with_storage(job.grad_storage, [&](auto tag) {
     using S = decltype(tag);
-    if constexpr (sizeof(S) <= sizeof(T))
-      store_tail<T, S>(static_cast<S*>(job.grad) + row * job.classes + j, splat(T(value)), 1);
+    S* const to = static_cast<S*>(job.grad) + row * job.classes + j;
+    if constexpr (sizeof(S) == sizeof(T))
+      *to = T(value);
+    else if constexpr (sizeof(S) < sizeof(T))
+      store_tail<T, S>(to, splat(T(value)), 1);
   });
 }
 
@@ -163,7 +166,11 @@ CMIM_INLINE Vec<T> carried_at(const Job& job, int64_t i, int64_t j) {
   return Convert<T, float>::from(job.carried + i * round_up(job.classes, Simd<float>::width) + j);
 }
 
-// Grows the workspace to hold `bytes` and returns it, aligned to a cache line.
+// The workspace, aligned to a cache line
+inline int64_t address(const Scratch& ws) {
+  return round_up(reinterpret_cast<int64_t>(ws.data), 64);
+}
+// Grows the workspace to hold `bytes` and returns it.
 inline char* reserve(Scratch& ws, int64_t bytes) {
   if (bytes > ws.bytes) {
     __builtin_free(ws.data);
@@ -174,7 +181,7 @@ inline char* reserve(Scratch& ws, int64_t bytes) {
       throw std::bad_alloc();
     }
   }
-  return reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(ws.data), 64));
+  return reinterpret_cast<char*>(address(ws));
 }
 
 // Lays arrays out one after the other from an address.
@@ -186,12 +193,15 @@ struct Layout {
     at += round_up(count * int64_t(sizeof(P)), 64);
   }
 };
-// place(Layout&) takes every array: once to find their size, and once where they are.
+// place(Layout&) takes every array: again where the workspace turns out to be too small for them.
 template <class F>
 void lay_out(Scratch& ws, F&& place) {
-  Layout size{0};
-  place(size);
-  Layout layout{reinterpret_cast<int64_t>(reserve(ws, size.at))};
+  Layout layout{address(ws)};
+  place(layout);
+  const int64_t bytes = layout.at - address(ws);
+  if (bytes <= ws.bytes) return;
+  reserve(ws, bytes);
+  layout.at = address(ws);
   place(layout);
 }
 

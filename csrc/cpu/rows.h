@@ -262,17 +262,16 @@ struct Rows {
   }
   int64_t end_of(int64_t tile) const { return (tile + 1) * cols < Cp ? (tile + 1) * cols : Cp; }
 
-  // sums (n, K) += the lanes of `of` (n, K), which are zero afterwards
-  void flush(Span rows, V* of, double* sums) const {
-    by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
-      constexpr int N = decltype(chunk)::value;
-      for (int64_t i = rows.begin; i < rows.end; ++i) {
-        const int64_t at = i * K + k0;
-        V lanes[N];
-        for (int k = 0; k < N; ++k) lanes[k] = of[at + k], of[at + k] = V{};
-        add_lanes<T, N>(lanes, sums + at);
-      }
-    });
+  // s: sums over a tile of N temperatures of a row. In lanes from tile to tile, in double at the last, and
+  // where it has become many.
+  template <int N>
+  CMIM_INLINE void add_tile(int64_t tile, V (&s)[N], V* lanes, double* sums) const {
+    if (tile % kFlushTiles > 0)
+      for (int k = 0; k < N; ++k) s[k] += lanes[k];
+    if (tile % kFlushTiles == kFlushTiles - 1 || tile == tiles - 1)
+      add_lanes<T, N>(s, sums);
+    else
+      for (int k = 0; k < N; ++k) lanes[k] = s[k];
   }
 
   bool own_ce() const { return has_own_ce(job); }
@@ -297,7 +296,16 @@ struct Rows {
       const int64_t at = cluster.position + i;
       if (job.row_cmi) {
         double total = 0;
-        for (int k = 0; k < K; ++k) total += job.w[k] * kl[k];
+        Vec<double> part{};
+        by_doubles(K, [&](auto width, int k) CMIM_INLINE_LAMBDA {
+          constexpr int N = decltype(width)::value;
+          const auto weighted = doubles<N>(job.w + k) * doubles<N>(kl + k);
+          if constexpr (N == 1)
+            total += weighted;
+          else
+            part += weighted;
+        });
+        total += sum_lanes<double>(part);
         job.row_cmi[at] = job.carried ? job.row_cmi[at] + total : total;
       }
       if (job.kl)

@@ -99,6 +99,19 @@ CMIM_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) {
 CMIM_INLINE Vec<float> magnitude(Vec<float> v) {
   return bits<Vec<float>>(bits<Unsigned<float>>(v) & 0x7fffffff);
 }
+// Half as wide a vector of floats. By its instruction: gcc 12 converts its halves one after the other.
+CMIM_INLINE Vec<double> to_double(Lanes<double>::F v) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtps_pd(0xff, v);
+#elif defined(__AVX2__)
+  return _mm256_cvtps_pd(v);
+#else
+  return __builtin_convertvector(v, Vec<double>);
+#endif
+}
+CMIM_INLINE Vec<double> to_double(Vec<double> v) {
+  return v;
+}
 // v where it is larger or NaN, else the limit
 template <class T>
 CMIM_INLINE Vec<T> at_least(Vec<T> v, T limit) {
@@ -127,27 +140,31 @@ CMIM_INLINE T max_lanes(Vec<T> v) {
   return fold_lanes<T>(v, [](auto a, auto b) CMIM_INLINE_LAMBDA { return a > b ? a : b; });
 }
 
-// Lane l of one half of every group of kGroup lanes of two vectors of W, groups in order
-template <int W, int kGroup>
+// Which lane of two vectors of W, that hold sums in groups of kGroup lanes, lane l takes in one half of each
+// group. Groups larger than the blocks of 128 bits that instructions shuffle alternate between the vectors, a
+// block's groups are those of the first vector before those of the second; kAlone: of one vector, its groups
+// one after the other, twice.
+template <int W, int kGroup, int kBlock, bool kAlone>
 constexpr int lane_of_halves(int l, bool upper) {
   constexpr int half = kGroup / 2;
-  const int second = l >= W / 2, m = l % (W / 2);
-  return second * W + m / half * kGroup + m % half + (upper ? half : 0);
+  const int within = l % half + (upper ? half : 0);
+  if (kAlone) return l % (W / 2) / half * kGroup + within;
+  if (kGroup > kBlock) return l / half % 2 * W + l / kGroup * kGroup + within;
+  const int second = l % kBlock / (kBlock / 2), group = l % (kBlock / 2) / half;
+  return second * W + l / kBlock * kBlock + group * kGroup + within;
 }
-// a and b hold sums in groups of lanes; the result has groups of half as many, those of a before those of b.
-template <int kGroup, class V, size_t... I>
+template <int kGroup, bool kAlone, class V, size_t... I>
 CMIM_INLINE V halve_groups(V a, V b, std::index_sequence<I...>) {
-  constexpr int W = sizeof...(I);
-  return __builtin_shufflevector(a, b, lane_of_halves<W, kGroup>(I, false)...) +
-         __builtin_shufflevector(a, b, lane_of_halves<W, kGroup>(I, true)...);
+  constexpr int W = sizeof...(I), kBlock = 16 / sizeof(a[0]);
+  return __builtin_shufflevector(a, b, lane_of_halves<W, kGroup, kBlock, kAlone>(I, false)...) +
+         __builtin_shufflevector(a, b, lane_of_halves<W, kGroup, kBlock, kAlone>(I, true)...);
 }
 // total[l] += lane l of v, for l in [kFrom, kEnd)
 template <class T, int kFrom, int kEnd, size_t... I>
 CMIM_INLINE void add_each_lane(Vec<T> v, double* total, std::index_sequence<I...> together) {
   if constexpr (kFrom + int(sizeof...(I)) <= kEnd) {
     using D = Vec<double>;
-    store(total + kFrom,
-          load<D>(total + kFrom) + __builtin_convertvector(__builtin_shufflevector(v, v, (kFrom + I)...), D));
+    store(total + kFrom, load<D>(total + kFrom) + to_double(__builtin_shufflevector(v, v, (kFrom + I)...)));
     add_each_lane<T, kFrom + int(sizeof...(I)), kEnd>(v, total, together);
   } else {
     for (int l = kFrom; l < kEnd; ++l) total[l] += double(v[l]);
@@ -162,11 +179,16 @@ CMIM_INLINE void add_lanes(const Vec<T> (&v)[N], double* total) {
     for (int n = 0; n < N; ++n)
       add_each_lane<T, 0, kEach>(v[n], total + n * kEach, std::make_index_sequence<Simd<double>::width>{});
   } else {
-    constexpr int kFolded = N > 1 ? N / 2 : 1;
+    // which two are folded together follows from where halve_groups puts their sums: in order at the end
+    constexpr bool kAlone = N == 1;
+    constexpr int kFolded = kAlone ? 1 : N / 2;
+    constexpr int kApart = kGroup * sizeof(T) <= 16 || kAlone ? 1 : (N < kGroup ? N : kGroup) / 2;
     Vec<T> folded[kFolded];
-    for (int n = 0; n < kFolded;
-         ++n)  // one vector alone is folded with itself: its upper half is then a copy
-      folded[n] = halve_groups<kGroup>(v[2 * n], v[N > 1 ? 2 * n + 1 : 0], std::make_index_sequence<W>{});
+    for (int n = 0; n < kFolded; ++n) {
+      const int first = n / kApart * (2 * kApart) + n % kApart;
+      folded[n] = halve_groups<kGroup, kAlone>(v[first], v[kAlone ? 0 : first + kApart],
+                                               std::make_index_sequence<W>{});
+    }
     add_lanes<T, kFolded, kGroup / 2, kSums>(folded, total);
   }
 }
@@ -204,9 +226,7 @@ struct Convert<T, T> {
 template <>
 struct Convert<double, float> {
   using F = Lanes<double>::F;
-  CMIM_INLINE static Vec<double> from(const float* p) {
-    return __builtin_convertvector(load<F>(p), Vec<double>);
-  }
+  CMIM_INLINE static Vec<double> from(const float* p) { return to_double(load<F>(p)); }
   CMIM_INLINE static void to(float* p, Vec<double> v) { store(p, __builtin_convertvector(v, F)); }
 };
 template <>
@@ -300,7 +320,14 @@ CMIM_INLINE void store_tail(S* p, Vec<T> v, int64_t valid) {
   if constexpr (sizeof(T) == 4 && sizeof(S) == 4)
     return _mm512_mask_storeu_ps(p, __mmask16((1u << valid) - 1), v);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4 && sizeof(S) == 4) return _mm256_maskstore_ps(p, first_lanes(valid), v);
+  // In up to three parts: masked stores are some forty steps of microcode on AMD's processors.
+  if constexpr (sizeof(T) == 4 && sizeof(S) == 4) {
+    __m128 part = _mm256_castps256_ps128(v);
+    if (valid & 4) _mm_storeu_ps(p, part), part = _mm256_extractf128_ps(v, 1), p += 4;
+    if (valid & 2) _mm_storel_pi(reinterpret_cast<__m64*>(p), part), part = _mm_movehl_ps(part, part), p += 2;
+    if (valid & 1) _mm_store_ss(p, part);
+    return;
+  }
 #endif
   S lane[Simd<T>::width];
   Convert<T, S>::to(lane, v);

@@ -17,7 +17,7 @@ struct RowSums : Rows<T> {
   using V = Vec<T>;
   static constexpr bool kCareful = sizeof(T) == 8;
 
-  V* acc;           // (n, K) sums in lanes: for S, then of P t
+  V* acc;           // (n, K) sums of P t in lanes, from tile to tile
   double* off;      // (n, K) S relative to the row's largest logit, then its logarithm: see centre()
   T *mix, *mix_up;  // (n, K) weight of the row's exponentials in Q, and in R
   T *shift, *up;    // (K) mean of log sum exp(a X), in the base of the exponentials; (n) upstream gradient
@@ -82,7 +82,6 @@ struct RowSums : Rows<T> {
     this->by_block(team, [&](Span rows) {
       this->own_ce() ? exponentials<kSource, true>(rows) : exponentials<kSource, false>(rows);
       sum_rows<kSource>(rows);
-      this->flush(rows, acc, off);
       scales<kSource>(rows);
     });
   }
@@ -96,10 +95,15 @@ struct RowSums : Rows<T> {
     this->by_block(team, [&](Span rows) {
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const T* const z = row_values(job, cluster.rows[i], X + i * Cp);
+        if constexpr (!kCareful) {
+          if (own_centroids) {
+            const T own = z[cluster.label], others = largest_but(z, C, cluster.label);
+            const bool first = own > others;
+            tops[i] = first ? own : others, ahead[i] = first ? own - others : T(0);
+            continue;
+          }
+        }
         tops[i] = largest(z, C);
-        if constexpr (!kCareful)
-          if (own_centroids)
-            ahead[i] = z[cluster.label] < tops[i] ? T(0) : tops[i] - largest_but(z, C, cluster.label);
       }
     });
     if (!own_centroids) return;
@@ -143,7 +147,7 @@ struct RowSums : Rows<T> {
       });
   }
 
-  // acc, and off for what does not fit there
+  // off: S, of a row's exponentials
   template <Source kSource>
   void sum_rows(Span rows) {
     if constexpr (kSource == Source::stored) {  // here, so that one pass makes them and adds them up
@@ -173,12 +177,8 @@ struct RowSums : Rows<T> {
         const int64_t at = i * K + k0;
         for (int k = 0; k < N; ++k) off[at + k] = 0;
         T* const keep = this->template place_of<kSource>(i, k0);
-        V s[N] = {};
         for (int64_t j0 = 0; j0 < Cp; j0 += most) {
-          if (j0 > 0) {
-            add_lanes<T, N>(s, off + at);
-            for (V& of : s) of = V{};
-          }
+          V s[N] = {};
           for (int64_t j = j0; j < Cp && j < j0 + most; j += W) {
             const int64_t place = this->template column<kSource>(j);
             auto ex = make(i * Cp + j, k0);
@@ -188,8 +188,8 @@ struct RowSums : Rows<T> {
               if constexpr (kSource == Source::stored) store(keep + place + k * W, e);
             }
           }
+          add_lanes<T, N>(s, off + at);
         }
-        for (int k = 0; k < N; ++k) acc[at + k] = s[k];
       }
     });
   }

@@ -66,7 +66,7 @@ struct Wide : UncentredGradient<T> {
   void clear_sums(Span rows) {
     for (int64_t at = rows.begin * K; at < rows.end * K; ++at) {
       h_sum[at] = 0;
-      if constexpr (kCareful) kl_acc[at] = V{}, kl_sum[at] = 0;
+      if constexpr (kCareful) kl_sum[at] = 0;
     }
   }
 
@@ -193,17 +193,10 @@ struct Wide : UncentredGradient<T> {
           }
           if (wanted) store(g_to + j, g.total());
         }
-        for (int k = 0; k < N; ++k) {
-          acc[at + k] += h[k];
-          if constexpr (kCareful) kl_acc[at + k] += kl[k];
-        }
+        this->add_tile(tile, h, acc + at, h_sum + at);
+        if constexpr (kCareful) this->add_tile(tile, kl, kl_acc + at, kl_sum + at);
       }
     });
-    if (tile % kFlushTiles == kFlushTiles - 1) flush_rows(rows);
-  }
-  void flush_rows(Span rows) {
-    this->flush(rows, acc, h_sum);
-    if constexpr (kCareful) this->flush(rows, kl_acc, kl_sum);
   }
 
   void finish_label() {
@@ -285,7 +278,6 @@ struct Wide : UncentredGradient<T> {
     this->by_tile(
         team, [&](int64_t t) { centroid<kSource>(t); },
         [&](Span rows, int64_t t) { accumulate<kSource>(rows, t); });
-    this->by_block(team, [&](Span rows) { flush_rows(rows); });
     finish_label();
     if (!divergences<kSource>()) return false;
     this->by_block(team, [&](Span rows) {
