@@ -26,21 +26,19 @@ def names(launches: list[Launch]) -> list[str]:
     return [launch.kernel.split(".")[1].removesuffix("_kernel") for launch in launches]
 
 
+LAUNCHES = {name: case.launches for name, case in CASES.items()} | {
+    "class_centroids": Case(4096, 1000).centroids
+}
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("case", CASES)
-def test_no_spills_and_little_shared_memory(case: str, arch: int) -> None:
-    for launch in CASES[case].launches():
+@pytest.mark.parametrize("call", LAUNCHES)
+def test_no_spills_and_little_shared_memory(call: str, arch: int) -> None:
+    for launch in LAUNCHES[call]():
         usage = used(compiled(launch, cuda(arch)))
         assert 16 <= usage.registers <= 255, launch.kernel  # that of a kernel that was compiled at all
         assert usage.stack == usage.local == 0, launch.kernel
         assert usage.shared <= SHARED_LIMIT, launch.kernel
-
-
-def test_centroids_kernel() -> None:
-    for launch in Case(4096, 1000).centroids():
-        usage = used(compiled(launch, cuda(90)))
-        assert usage.stack == usage.local == 0
-        assert usage.shared <= SHARED_LIMIT
 
 
 @pytest.mark.parametrize(

@@ -92,18 +92,30 @@ def cuda(arch: int) -> GPUTarget:
 
 
 MI300 = GPUTarget("hip", "gfx942", 64)
+_FIRST = cuda(80)
 
 
 @cache
 def compiled(launch: Launch, target: GPUTarget) -> Any:
-    """Triton's kernel, every stage of it in `asm`, with pointers aligned as torch aligns them."""
+    """Triton's kernel, every stage of it in `asm`, with pointers aligned as torch aligns them.
+
+    NVIDIA's other architectures begin with the first one's Triton IR, which knows of none of them.
+    """
+    if target.backend == "hip":
+        options = {name: value for name, value in OPTIONS.items() if name != "maxnreg"}
+        return triton.compile(_source(launch), target=target, options=options)
+    if target == _FIRST:
+        return triton.compile(_source(launch), target=target, options=OPTIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        shared = Path(folder) / "kernel.ttir"
+        shared.write_text(compiled(launch, _FIRST).asm["ttir"])
+        return triton.compile(str(shared), target=target, options=OPTIONS)
+
+
+def _source(launch: Launch) -> ASTSource:
     types = dict(launch.signature)
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
-    source = ASTSource(launcher(launch.kernel).function, types, dict(launch.constants), aligned)
-    options = dict(OPTIONS)
-    if target.backend == "hip":
-        del options["maxnreg"]
-    return triton.compile(source, target=target, options=options)
+    return ASTSource(launcher(launch.kernel).function, types, dict(launch.constants), aligned)
 
 
 def used(kernel: Any) -> Usage:
