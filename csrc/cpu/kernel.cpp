@@ -120,7 +120,7 @@ void centroid(const Job& job, const Cluster& cl, void* out, Workspace& ws) {
       for (int64_t j = 0; j < Cp; j += W)
         store(sum + j, load<Vec<double>>(sum + j) + scale * load<Vec<double>>(e + j));
     }
-    const int64_t at = (int64_t(job.order[k]) * C + cl.label) * C;
+    const int64_t at = centroid_row(job, k, cl.label);
     for (int64_t j = 0; j < C; ++j) {
       if (job.storage == Storage::f64)
         static_cast<double*>(out)[at + j] = sum[j];

@@ -48,6 +48,10 @@ inline double element(const void* p, Storage s, int64_t i) {
 inline double entry(const Job& job, const void* p, int64_t j) {
   return job.storage == Storage::f64 ? static_cast<const double*>(p)[j] : static_cast<const float*>(p)[j];
 }
+// Where the centroid of a class at the k-th temperature begins in a table (K, C, C) of the caller
+inline int64_t centroid_row(const Job& job, int k, int64_t label) {
+  return (int64_t(job.order[k]) * job.classes + label) * job.classes;
+}
 // Of the given centroids. The kernel runs with the processor reading subnormal floats as zero, so those are
 // put together from their bits.
 inline double centroid_entry(const Job& job, int64_t at) {

@@ -138,7 +138,7 @@ struct Wide : UncentredGradient<T> {
   }
 
   V given(int k, int64_t j) const {  // Q of temperature k at columns j ..
-    const int64_t from = (int64_t(job.order[k]) * C + cluster.label) * C + j;
+    const int64_t from = centroid_row(job, k, cluster.label) + j;
     V v{};
     for (int l = 0; l < W && j + l < C; ++l) v[l] = T(centroid_entry(job, from + l));
     return v;
@@ -204,7 +204,7 @@ struct Wide : UncentredGradient<T> {
       label.finish(off, log_label, rho_label);
     else
       label.template finish<kGiven>(off, [&](int k) {
-        return centroid_entry(job, (int64_t(job.order[k]) * C + cluster.label) * C + cluster.label);
+        return centroid_entry(job, centroid_row(job, k, cluster.label) + cluster.label);
       });
   }
 
@@ -257,7 +257,7 @@ struct Wide : UncentredGradient<T> {
 
   // sum_j Q - 1: zero for a distribution. False: float has no such small numbers.
   bool given_excess(int k) {
-    const int64_t from = (int64_t(job.order[k]) * C + cluster.label) * C;
+    const int64_t from = centroid_row(job, k, cluster.label);
     double sum = 0;
     bool normal = true;
     for (int64_t j = 0; j < C; ++j) {
