@@ -54,6 +54,7 @@ struct LabelColumn {
 
   // of the exponential's series: a relative error of 3e-10 in float, which x = 0 does not have
   static constexpr int kTerms = kApart ? 7 : 12;
+  static constexpr int kPowerTerms = 9;  // 3e-13, which a power multiplies
 
   // x, lead and upstream, and in the place of p what normalise() divides
   template <class T>
@@ -66,14 +67,33 @@ struct LabelColumn {
       lead[i] = ahead > 0 ? ahead : 0;
       upstream[i] = job.upstream ? job.upstream[row] : 1.0;
     }
+    if (kApart && job.power0 > 0) return powers(rows);
     for (int k0 = 0; k0 < Kp; k0 += D) {
       const V ak = load<V>(a + k0);
-      for (int64_t i = rows.begin; i < rows.end; ++i) {
-        const V less = exp_nonpositive<kTerms>(ak * (x[i] - lead[i]));  // one of them is zero
-        const bool first = kApart && lead[i] > 0;
-        store(p + i * Kp + k0, first ? splat(1.0) : less);
-        if constexpr (kApart) store(others + i * Kp + k0, first ? less : splat(1.0));
-        store(mean + i * Kp + k0, V{});
+      for (int64_t i = rows.begin; i < rows.end; ++i) put(i, k0, exp_nonpositive<kTerms>(ak * below(i)));
+    }
+  }
+  // The row's exponent, its own or that of the others: one of them is zero.
+  CMIM_INLINE double below(int64_t i) const { return x[i] - lead[i]; }
+  CMIM_INLINE void put(int64_t i, int k0, V less) {
+    const bool first = kApart && lead[i] > 0;
+    store(p + i * Kp + k0, first ? splat(1.0) : less);
+    if constexpr (kApart) store(others + i * Kp + k0, first ? less : splat(1.0));
+    store(mean + i * Kp + k0, V{});
+  }
+  // Where the a_k are consecutive multiples of a base: one exponential for D rows, and its powers
+  void powers(Span rows) {
+    for (int64_t i = rows.begin; i < rows.end; i += D) {
+      const int64_t count = i + D < rows.end ? D : rows.end - i;
+      V of_rows{};
+      for (int64_t l = 0; l < count; ++l) of_rows[l] = below(i + l);
+      const V one = exp_nonpositive<kPowerTerms>(of_rows * (a[0] / job.power0));
+      V now = job.power0 == 1 ? one : exp_nonpositive<kPowerTerms>(of_rows * a[0]);
+      for (int k0 = 0; k0 < Kp; k0 += D) {
+        V block[D];
+        for (V& of_rows_at_k : block) of_rows_at_k = now, now *= one;
+        transpose(block);
+        for (int64_t l = 0; l < count; ++l) put(i + l, k0, block[l]);
       }
     }
   }

@@ -193,6 +193,25 @@ CMIM_INLINE void add_lanes(const Vec<T> (&v)[N], double* total) {
   }
 }
 
+template <int kHalf, class V, int W, size_t... I>
+CMIM_INLINE void exchange(V (&m)[W], std::index_sequence<I...>) {
+  for (int r = 0; r < W; ++r) {
+    if (r & kHalf) continue;
+    const V a = m[r], b = m[r + kHalf];
+    m[r] = __builtin_shufflevector(a, b, int(I & kHalf ? W + I - kHalf : I)...);
+    m[r + kHalf] = __builtin_shufflevector(a, b, int(I & kHalf ? W + I : I + kHalf)...);
+  }
+}
+// Lane l of vector r becomes lane r of vector l: first of every two by two lanes, then of two by two of
+// those.
+template <int kHalf = 1, class V, int W>
+CMIM_INLINE void transpose(V (&m)[W]) {
+  if constexpr (kHalf < W) {
+    exchange<kHalf>(m, std::make_index_sequence<W>{});
+    transpose<2 * kHalf>(m);
+  }
+}
+
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
   if (magnitude >= 0x7c00) return bits<float>(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13));

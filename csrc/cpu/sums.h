@@ -71,7 +71,10 @@ struct RowSums : Rows<T> {
     floor = floor_of<T>(job);
     for (int k = 0; k < K; ++k)  // multiples stay multiples, as the powers are
       a[k] = unit != 1 && job.multiple ? T(double(T(job.base * unit)) * job.multiple[k]) : T(job.a[k] * unit);
-    label.fill([&](int k) { return kCareful ? job.a[k] : double(a[k]) / unit; });
+    label.fill([&](int k) {
+      if (kCareful) return job.a[k];
+      return kSource == Source::chain ? double(T(job.base)) * (job.power0 + k) : double(a[k]) / unit;
+    });
   }
 
   // Step by step for all rows of a block, so that no row waits for the end of another's steps, each of which
