@@ -54,14 +54,17 @@ def differentiable_loss(
         and backend.keeps_gradient(logits, numbers[4])
         and not torch.compiler.is_compiling()
     ):
-        value = _apply_owned(logits, target, class_weight, centroids, call)
+        value = _apply_owned(logits, (target, class_weight, centroids, call))
     else:
         value = _SavedLoss.apply(logits, target, class_weight, centroids, call)
     return value
 
 
 class _OwnedLoss(torch.autograd.Function):
-    """Where the forward pass computes the gradient, in the logits' dtype. Inputs as those of `_SavedLoss`.
+    """Where the forward pass computes the gradient, in the logits' dtype.
+
+    Inputs: the logits, and one tuple of what has no gradient, (target, class_weight, centroids, call as that
+    of `_SavedLoss`): autograd takes its time for every input, in both passes.
 
     It is kept out of autograd's hands, so that it has one owner, and the first backward pass gives it away,
     uncopied where the upstream gradient is one, as at the root of a graph, else scaled in place. The leaf may
@@ -70,9 +73,8 @@ class _OwnedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, class_weight: Any, centroids: Any, call: Any
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, constants: Any) -> Tensor:
+        target, class_weight, centroids, call = constants
         backend, a, w, numbers = call
         value, ctx.gradient = backend.loss(logits, target, a, w, class_weight, centroids, *numbers, True)
         ctx.call = call
@@ -80,7 +82,7 @@ class _OwnedLoss(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.gradient = ctx.gradient, None
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             gradient = _reference_gradient(grad, *_arguments(ctx.saved_tensors, ctx.call))
@@ -93,7 +95,7 @@ class _OwnedLoss(torch.autograd.Function):
                 gradient = _computed_gradient(ctx, grad, gradient)
             else:
                 gradient.mul_(grad)
-        return gradient, None, None, None, None
+        return gradient, None
 
 
 def _computed_gradient(ctx: Any, grad: Tensor, kept: Tensor | None) -> Tensor:
