@@ -101,21 +101,18 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
 
     NVIDIA's other architectures begin with the first one's Triton IR, which knows of none of them.
     """
-    if target.backend == "hip":
-        options = {name: value for name, value in OPTIONS.items() if name != "maxnreg"}
-        return triton.compile(_source(launch), target=target, options=options)
-    if target == _FIRST:
-        return triton.compile(_source(launch), target=target, options=OPTIONS)
-    with tempfile.TemporaryDirectory() as folder:
-        shared = Path(folder) / "kernel.ttir"
-        shared.write_text(compiled(launch, _FIRST).asm["ttir"])
-        return triton.compile(str(shared), target=target, options=OPTIONS)
-
-
-def _source(launch: Launch) -> ASTSource:
+    if target.backend == "cuda" and target != _FIRST:
+        with tempfile.TemporaryDirectory() as folder:
+            shared = Path(folder) / "kernel.ttir"
+            shared.write_text(compiled(launch, _FIRST).asm["ttir"])
+            return triton.compile(str(shared), target=target, options=OPTIONS)
     types = dict(launch.signature)
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
-    return ASTSource(launcher(launch.kernel).function, types, dict(launch.constants), aligned)
+    source = ASTSource(launcher(launch.kernel).function, types, dict(launch.constants), aligned)
+    options = dict(OPTIONS)
+    if target.backend == "hip":
+        del options["maxnreg"]
+    return triton.compile(source, target=target, options=options)
 
 
 def used(kernel: Any) -> Usage:

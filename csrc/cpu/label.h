@@ -55,6 +55,7 @@ struct LabelColumn {
   // of the exponential's series: a relative error of 3e-10 in float, which x = 0 does not have
   static constexpr int kTerms = kApart ? 7 : 12;
   static constexpr int kPowerTerms = 9;  // 3e-13, which a power multiplies
+  static constexpr int kLogTerms = kApart ? 5 : 11;
 
   // x, lead and upstream, and in the place of p what normalise() divides
   template <class T>
@@ -67,7 +68,8 @@ struct LabelColumn {
       lead[i] = ahead > 0 ? ahead : 0;
       upstream[i] = job.upstream ? job.upstream[row] : 1.0;
     }
-    if (kApart && job.power0 > 0) return powers(rows);
+    if constexpr (kApart)
+      if (job.power0 > 0) return powers(rows);
     for (int k0 = 0; k0 < Kp; k0 += D) {
       const V ak = load<V>(a + k0);
       for (int64_t i = rows.begin; i < rows.end; ++i) put(i, k0, exp_nonpositive<kTerms>(ak * below(i)));
@@ -136,8 +138,8 @@ struct LabelColumn {
       for (int k = 0; k < K; ++k) log_q[k] = given(k);
     for (int k0 = 0; k0 < Kp; k0 += D) {
       const V q = load<V>(log_q + k0);
-      store(log_q + k0, q == 0.0 ? splat<double>(kGiven ? -__builtin_inf() : 0.0)
-                                 : log_positive<false, kApart ? 5 : 11>(q));
+      store(log_q + k0,
+            q == 0.0 ? splat<double>(kGiven ? -__builtin_inf() : 0.0) : log_positive<false, kLogTerms>(q));
     }
     set_t(log_sums);
   }

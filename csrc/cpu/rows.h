@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "elementary.h"
+#include "lanes.h"
 #include "problem.h"
 #include "row.h"
 #include "simd.h"
@@ -295,17 +296,7 @@ struct Rows {
       const double* const kl = divergences + i * K;
       const int64_t at = cluster.position + i;
       if (job.row_cmi) {
-        double total = 0;
-        Vec<double> part{};
-        by_doubles(K, [&](auto width, int k) CMIM_INLINE_LAMBDA {
-          constexpr int N = decltype(width)::value;
-          const auto weighted = doubles<N>(job.w + k) * doubles<N>(kl + k);
-          if constexpr (N == 1)
-            total += weighted;
-          else
-            part += weighted;
-        });
-        total += sum_lanes<double>(part);
+        const double total = dot(job.w, kl, K);
         job.row_cmi[at] = job.carried ? job.row_cmi[at] + total : total;
       }
       if (job.kl)

@@ -244,7 +244,7 @@ struct RowSums : Rows<T> {
   template <Source kSource>
   void centre() {
     for (int64_t at = 0; at < n * K; at += Simd<double>::width)
-      store(off + at, log_positive<false, kCareful ? 11 : 5>(load<Vec<double>>(off + at)));
+      store(off + at, log_positive<false, decltype(label)::kLogTerms>(load<Vec<double>>(off + at)));
     if (job.has_ce && job.ce_index >= 0)
       for (int64_t i = 0; i < n; ++i) set_entropy(i, off[i * K + job.ce_index]);
     by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
