@@ -115,8 +115,13 @@ def machine_table(results: list[Result]) -> str:
     return "\n\n".join(lines)
 
 
+def headline_table(results: list[Result]) -> str:
+    """The shapes of the price table without their variations."""
+    return price_table(of_kind(results, "shape", "host"))
+
+
 def price_table(results: list[Result]) -> str:
-    """Fused against F.cross_entropy, forward and backward, a row per shape."""
+    """Fused against F.cross_entropy, forward and backward, a row per shape and variation."""
     rows = []
     for r in of_kind(results, "shape", "host", "variation"):
         if is_fused(r["contender"]) and r["phase"] == "both":
@@ -174,6 +179,7 @@ def step_table(results: list[Result]) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[list[Result]], str]]] = {
     "machine": ("", machine_table),
+    "headline": ("shape", headline_table),
     "price": ("shape", price_table),
     "contenders": ("shape", contender_table),
     "temperatures": ("temperatures", temperatures_table),

@@ -146,7 +146,7 @@ def published(tmp_path: Path) -> Path:
     for grid in ("uniform", "general"):
         results += [result("temperatures", fused, Case(8, 4, 2, k=k, grid=grid)) for k in (1, 2)]
     results += [result("size", fused, Case(n, 4, 2), copy_seconds=1e-5) for n in (8, 16)]
-    results += [result("step", fused)]
+    results += [result("step", fused), result("variation", fused, replace(SMALL, grid="general"))]
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"benchmarks": [{"extra_info": r} for r in results]}))
     return path
@@ -160,16 +160,22 @@ def run_report(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_report_prints_updates_and_plots(published: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- benchmarks: price -->\nold\n<!-- end -->\nafter\n")
+    parts = [f"<!-- benchmarks: {name} -->\nold\n<!-- end -->\n" for name in ("headline", "price")]
+    page.write_text(f"before\n{parts[0]}between\n{parts[1]}after\n")
     done = run_report(str(published), "--plots", str(tmp_path / "plots"), "--update", str(page))
     assert done.returncode == 0, done.stderr
     assert "| 48x12, 6 classes: eager loop | 1.25 (1.00 to 1.50) |" in done.stdout
     assert "+25.00 % (+0.00 to +50.00)" in done.stdout
     text = page.read_text()
-    assert text.startswith("before\n<!-- benchmarks: price -->\n| logits |")
+    assert text.startswith("before\n<!-- benchmarks: headline -->\n| logits |")
     assert text.endswith("|\n<!-- end -->\nafter\n")
     assert "old" not in text
-    assert "| 48x12, 6 classes | 100 µs | 125 µs | 1.25 (1.00 to 1.50) |" in text
+    headline, price = text.split("between\n")
+    assert price.startswith("<!-- benchmarks: price -->\n| logits |")
+    assert all(
+        "| 48x12, 6 classes | 100 µs | 125 µs | 1.25 (1.00 to 1.50) |" in part for part in (headline, price)
+    )
+    assert ["general grid" in part for part in (headline, price)] == [False, True]
     plots = {path.name for path in (tmp_path / "plots").iterdir()}
     assert plots == {"ratio.png", "temperatures.png", "size.png", "step.png"}
 
