@@ -27,16 +27,18 @@ def batch(shape: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[
     return logits.to(device, dtype), target[torch.randperm(n, generator=generator)].to(device)
 
 
-CASES = [(shape, options) for shape in SHAPES for options in ("default", "rows", "centroids")]
+@pytest.mark.parametrize("spread", [1, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", ["default", "cold_and_hot", "rows", "centroids"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_threads_and_runs(shape: str, options: str, dtype: torch.dtype, spread: int) -> None:
+    """Of the CPU kernels; torch's own operations, of which the reference is made, promise less.
 
-
-@pytest.mark.parametrize(
-    ("shape", "options"), [case for case in CASES if case != ("one_cluster", "centroids")]
-)
-def test_threads_and_runs(shape: str, options: str) -> None:
-    """Of the CPU kernels; torch's own operations, of which the reference is made, promise less."""
-    place = Place("cpu", "cpu", (torch.float32,))
+    Logits of deviation 30 have probabilities on both sides of the smallest normal number.
+    """
+    place = Place("cpu", "cpu", (dtype,))
     logits, target = batch(shape, place.device)
+    logits = (spread * logits).to(dtype)
     results = []
     for count in (1, 2, 3, 2, 1):
         torch.set_num_threads(count)

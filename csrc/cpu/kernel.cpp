@@ -11,19 +11,6 @@
 namespace cmim::cpu {
 namespace {
 
-// Flushes subnormal numbers while a kernel runs: powers of an exponential pass through them on their way to
-// zero, and some processors take a hundred cycles for each.
-class FlushSubnormals {
- public:
-#if defined(__x86_64__)
-  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
-  ~FlushSubnormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#endif
-};
-
 // Of the largest to the smallest inverse temperature, up to which float's exponentials are right where those
 // of the smallest have just vanished.
 constexpr double kSpan = 1e8;
