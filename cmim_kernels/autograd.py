@@ -9,17 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import Backend
+from .export import exportable_loss
 from .reference import reference_loss
+from .tensors import without_data
 
-# ce_weight, cmi_weight, label_smoothing, ignore_index, reduction
-Numbers = tuple[float, float, float, int, int]
+
+class LossOptions(NamedTuple):
+    """The options of a loss that are not tensors, in the order in which the operators take them."""
+
+    ce_weight: float
+    cmi_weight: float
+    label_smoothing: float
+    ignore_index: int
+    reduction: int  # NONE, MEAN, SUM or SPECTRUM of reference.py
+
 
 # The gradient of these is kept in their own dtype: those that are not rounded at all, and bfloat16, which is
 # rounded where it is computed. The upstream gradient is nearly always a power of two (one, a loss scale, one
@@ -40,21 +50,25 @@ def differentiable_loss(
     w: Sequence[float],
     class_weight: Tensor | None,
     centroids: Tensor | None,
-    numbers: Numbers,
+    options: LossOptions,
 ) -> Tensor:
     """The value of `torch.ops.cmim_kernels.loss`, differentiable in the logits; None is the reference."""
     if backend is None:
-        return reference_loss(logits, target, a, w, class_weight, centroids, *numbers)
+        return reference_loss(logits, target, a, w, class_weight, centroids, *options)
     if not (logits.requires_grad and torch.is_grad_enabled()):
-        return backend.loss(logits, target, a, w, class_weight, centroids, *numbers, False)[0]
-    call = (backend, a, w, numbers)
+        return backend.loss(logits, target, a, w, class_weight, centroids, *options, False)[0]
+    call = (backend, a, w, options)
     value: Tensor
     if (
         logits.dtype in _KEPT_IN_THEIR_DTYPE
-        and backend.keeps_gradient(logits, numbers[4])
+        and backend.keeps_gradient(logits, options.reduction)
         and not torch.compiler.is_compiling()
+        # Somebody cares for what is saved, such as activation checkpointing, which means to drop it.
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     ):
         value = _apply_owned(logits, (target, class_weight, centroids, call))
+    elif torch.compiler.is_exporting():
+        value = exportable_loss(backend, logits, target, a, w, class_weight, centroids, options)
     else:
         value = _SavedLoss.apply(logits, target, class_weight, centroids, call)
     return value
@@ -75,8 +89,8 @@ class _OwnedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, constants: Any) -> Tensor:
         target, class_weight, centroids, call = constants
-        backend, a, w, numbers = call
-        value, ctx.gradient = backend.loss(logits, target, a, w, class_weight, centroids, *numbers, True)
+        backend, a, w, options = call
+        value, ctx.gradient = backend.loss(logits, target, a, w, class_weight, centroids, *options, True)
         ctx.call = call
         ctx.save_for_backward(logits, target, class_weight, centroids)
         return value
@@ -84,9 +98,9 @@ class _OwnedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() or needs_reference():
             gradient = _reference_gradient(grad, *_arguments(ctx.saved_tensors, ctx.call))
-        elif gradient is None or _without_data(grad):  # given away before
+        elif gradient is None or without_data(grad):  # given away before
             gradient = _computed_gradient(ctx, grad, gradient)
         elif not grad.is_cpu or (scale := grad.item()) != 1.0:
             if grad.is_cpu and not math.isfinite(scale):  # scaled, rows that are ignored would not stay 0
@@ -105,31 +119,22 @@ def _computed_gradient(ctx: Any, grad: Tensor, kept: Tensor | None) -> Tensor:
     return result
 
 
-def _without_data(grad: Tensor) -> bool:
-    """Whether it is a tracer's tensor, or many at once as `is_grads_batched` makes of them."""
-    return (
-        type(grad) is not Tensor
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.is_legacy_batchedtensor(grad)
-    )
-
-
 # Function.apply but for its care for the transforms of torch.func, which do not get here: 2 us of 40.
 _apply_owned = super(torch.autograd.Function, _OwnedLoss).apply
 
 
 class _SavedLoss(torch.autograd.Function):
-    """For everything else.
+    """Where it does not: reductions `none` and the spectrum, float16, GPUs' larger problems, and all tracing.
 
-    Inputs: logits, target, class_weight, centroids, (backend, a, w, numbers).
+    Inputs: logits, target, class_weight, centroids, (backend, a, w, options).
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, class_weight: Any, centroids: Any, call: Any
     ) -> Tensor:
-        backend, a, w, numbers = call
-        value, saved = backend.loss(logits, target, a, w, class_weight, centroids, *numbers, True)
+        backend, a, w, options = call
+        value, saved = backend.loss(logits, target, a, w, class_weight, centroids, *options, True)
         ctx.call = call
         ctx.save_for_backward(logits, target, class_weight, centroids, saved)
         return value
@@ -138,9 +143,7 @@ class _SavedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, saved = ctx.saved_tensors
         arguments = _arguments(inputs, ctx.call)
-        if not torch.compiler.is_compiling() and (
-            torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        ):
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or needs_reference()):
             result = _reference_gradient(grad, *arguments)
         else:
             result = ctx.call[0].loss_backward(grad, saved, *arguments)
@@ -148,12 +151,12 @@ class _SavedLoss(torch.autograd.Function):
 
 
 def _arguments(
-    inputs: Sequence[Any], call: tuple[Backend, Sequence[float], Sequence[float], Numbers]
+    inputs: Sequence[Any], call: tuple[Backend, Sequence[float], Sequence[float], LossOptions]
 ) -> list[Any]:
     """As `reference_loss` and the operators take them."""
     logits, target, class_weight, centroids = inputs
-    _, a, w, numbers = call
-    return [logits, target, a, w, class_weight, centroids, *numbers]
+    _, a, w, options = call
+    return [logits, target, a, w, class_weight, centroids, *options]
 
 
 def _reference_gradient(grad: Tensor, logits: Tensor, *arguments: Any) -> Tensor:

@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .dispatch import check_backend
-from .functional import DEFAULT_SPECTRUM, checked_ignore_index, checked_number, class_centroids
-from .spectrum import Numbers, TemperatureSpectrum
+from .distributed import GroupHolder
+from .functional import class_centroids
+from .spectrum import DEFAULT_SPECTRUM, Numbers, TemperatureSpectrum, as_spectrum
+from .tensors import keeping_dtype, without_data
+from .validate import checked_count, checked_ignore_index, checked_number
 
 Mode = Literal["ema", "epoch", "fixed"]
 _MODES = ("ema", "epoch", "fixed")
 _PAIRS = (("centroids", "counts"), ("pending", "pending_counts"))  # means, and the rows behind each class's
 _ROW_SUM_TOLERANCE = 1e-3  # a loaded centroid is a distribution, up to the rounding of C float32 additions
+_EPSILON = 2.0**-23  # and of an `ema`, whose steps towards a batch are lost where they are smaller
 
 
 class CentroidBank(nn.Module):
@@ -32,8 +36,12 @@ class CentroidBank(nn.Module):
       ones, which `end_epoch` puts in force.
     - `fixed`: the alternating scheme: hold Q and update the network; then update Q with `reestimate`.
 
-    A centroid's entry that underflows to 0 makes every row with a probability there infinitely far away: on
-    grids with temperatures far below 1, take batch centroids.
+    A centroid's entry that underflows to 0, in float32 where logits are 90 temperatures apart, makes every
+    row with a probability there infinitely far away: for such logits, or temperatures far below 1, take batch
+    centroids, or float64 for bank and logits.
+
+    Every forward pass in training mode takes its batch in, and once more if activation checkpointing repeats
+    it: leave the loss out of what is checkpointed.
 
     A class not seen yet falls back to the batch's own centroid, which is how the loss works without a bank.
     In eval mode nothing is updated. A batch in which a class's logits hold NaN or +inf does not update that
@@ -47,11 +55,13 @@ class CentroidBank(nn.Module):
         num_classes: C.
         temperatures: the spectrum, the same as the loss's.
         mode: `ema`, `epoch` or `fixed`.
-        decay: of mode `ema`, in [0, 1).
+        decay: of mode `ema`, in [0, 1). In float32 an entry stays up to 1e-7 / (1 - decay) of itself behind:
+            above 0.9999 take `dtype=torch.float64`.
         ignore_index: rows with this target count nowhere; the same as the loss's.
         process_group: the batches of all its ranks count as one (rows are gathered in every update; in modes
             `epoch` and `fixed` centroids are pooled once, in `end_epoch` and `reestimate`), and every rank
-            holds the same bank. None: each rank keeps its own.
+            holds the same bank. None: each rank keeps its own (but DistributedDataParallel overwrites the
+            buffers of what it wraps, a bank's among them, with those of rank 0: keep the loss outside).
         dtype: of the bank, float32 or float64. `half()` and the like leave it as it is.
         backend: of the update, as in `class_centroids`.
 
@@ -78,10 +88,7 @@ class CentroidBank(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        num_classes = checked_count("num_classes", num_classes)
         if mode not in _MODES:
             raise ValueError(f"mode must be one of {list(_MODES)}, got {mode!r}")
         if not checked_number("decay", decay) < 1:
@@ -89,16 +96,12 @@ class CentroidBank(nn.Module):
         check_backend(backend)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
-        self.spectrum = (
-            temperatures
-            if isinstance(temperatures, TemperatureSpectrum)
-            else TemperatureSpectrum(temperatures)
-        )
+        self.spectrum = as_spectrum(temperatures)
         self.num_classes = num_classes
         self.mode: Mode = mode
         self.decay = float(decay)
         self.ignore_index = checked_ignore_index(ignore_index)
-        self.process_group = process_group
+        self._group = GroupHolder(process_group)
         self.backend = backend
         shape = (len(self.spectrum), num_classes, num_classes)
         self.register_buffer("centroids", torch.zeros(shape, dtype=dtype))
@@ -110,6 +113,8 @@ class CentroidBank(nn.Module):
             self.register_buffer("pending", torch.zeros(shape, dtype=dtype))
             self.register_buffer("pending_counts", torch.zeros(num_classes, dtype=torch.int64))
         self._complete = False  # every class known to be seen: no fallback to prepare
+
+    process_group = GroupHolder.property()
 
     @torch.no_grad()
     def centroids_for(self, logits: Tensor, target: Tensor, inverse_temperatures: Sequence[float]) -> Tensor:
@@ -216,7 +221,18 @@ class CentroidBank(nn.Module):
             mean = mean / counts.clamp(min=1).unsqueeze(1)
         self.centroids.copy_(torch.where((counts > 0).unsqueeze(1), mean, self.centroids))
         self.counts.copy_(torch.where(counts > 0, counts, self.counts))
-        self._complete = bool((self.counts > 0).all())
+        self._find_out_whether_complete()
+
+    def train(self, mode: bool = True) -> CentroidBank:
+        """As any module's; eval mode, where nothing changes, finds out whether all classes are known."""
+        super().train(mode)
+        if not mode:
+            self._find_out_whether_complete()
+        return self
+
+    def _find_out_whether_complete(self) -> None:
+        if not (self.counts.is_meta or without_data(self.counts)):
+            self._complete = bool((self.counts > 0).all())
 
     def extra_repr(self) -> str:
         """Shown in `print(module)`."""
@@ -224,12 +240,7 @@ class CentroidBank(nn.Module):
         return f"num_classes={self.num_classes}, temperatures={len(self.spectrum)}, mode={self.mode}{decay}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CentroidBank:
-        # Moves between devices, but keeps its precision when a model is cast.
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keeping_dtype(fn), recurse)
 
     def _load_from_state_dict(
         self,
@@ -259,12 +270,16 @@ class CentroidBank(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._complete = bool((self.counts > 0).all())
+        self._find_out_whether_complete()
 
     def _agree(self, state_dict: dict[str, Any], prefix: str, name: str, counts: str) -> bool:
         """Whether a state, completed by the own buffers, has centroids where it has counts."""
-        mean: Tensor = state_dict.get(f"{prefix}{name}", getattr(self, name)).cpu()
-        count: Tensor = state_dict.get(f"{prefix}{counts}", getattr(self, counts)).cpu()
+        mean, count = (state_dict.get(f"{prefix}{key}", self._buffers[key]) for key in (name, counts))
+        assert mean is not None
+        assert count is not None
+        if mean.is_meta or count.is_meta:  # not loaded, so that there is nothing to agree
+            return True
+        mean, count = mean.cpu(), count.cpu()
         return torch.equal(mean.sum(2) > 0, (count > 0).expand(mean.shape[:2]))
 
     def _problem(self, name: str, own: Tensor, loaded: object) -> str | None:
@@ -274,15 +289,17 @@ class CentroidBank(nn.Module):
         if loaded.shape != own.shape:
             return f"expected shape {tuple(own.shape)}, got {tuple(loaded.shape)}"
         if name == "inverse_temperatures":
-            same = loaded.tolist() == own.tolist()
-            return None if same else f"the bank has {own.tolist()}, the state {loaded.tolist()}"
+            # not those of `own`: memory that is not filled yet, or none, where the bank is to be loaded
+            known = list(self.spectrum.inverse_temperatures)
+            return None if loaded.tolist() == known else f"the bank has {known}, the state {loaded.tolist()}"
         low, high = (float(value) for value in torch.aminmax(loaded))
         if loaded.dtype == torch.int64:
             return None if low >= 0 else f"counts must not be negative, got {low:g}"
         if not (low >= 0 and high < math.inf):
             return f"centroids must be finite and not negative, got values in [{low:g}, {high:g}]"
         sums = loaded.sum(2)
-        distribution = ((sums - 1).abs() < _ROW_SUM_TOLERANCE) | (sums == 0)
+        drift = _EPSILON / (1 - self.decay) if self.mode == "ema" else 0.0
+        distribution = ((sums - 1).abs() < _ROW_SUM_TOLERANCE + drift) | (sums == 0)
         return None if bool(distribution.all()) else "a centroid's entries must sum to 1 (or all be 0)"
 
 

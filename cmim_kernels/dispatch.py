@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -24,6 +25,7 @@ _CHECKED_FIRST = ("cuda", "triton")  # by selfcheck.py, before `auto` trusts the
 # Filled on first use, so that importing the package initialises no device.
 _modules: dict[str, Backend] = {}
 _usable_on: dict[str, tuple[str, ...]] = {}
+_warned: set[str] = set()
 
 
 def available_backends() -> dict[str, str | None]:
@@ -40,19 +42,24 @@ def check_backend(name: str) -> None:
 def pick(name: str, logits: Tensor, temperatures: int) -> Backend | None:
     """The backend for this call; None stands for the reference.
 
-    `name` is one of `NAMES`. `auto` never fails: it falls back to the reference. Any other name is served or
-    raises.
+    `name` is one of `NAMES`. `auto` falls back to the reference, with a warning. A backend that is named is
+    used, or an error says why not.
 
     Raises:
         ValueError: there is no such backend.
         RuntimeError: the backend asked for is unusable in this process or cannot serve this call; says why.
+            `auto` would have to choose while a CUDA graph is captured.
     """
     if name == "auto":
         device = "cpu" if logits.is_cpu else logits.device.type  # a device object costs as much as the rest
-        for candidate in _find_usable(device):
+        usable = _find_usable(device)
+        for candidate in usable:
             backend = _modules[candidate]
             if backend.refuses(logits, temperatures) is None:
                 return backend
+        if usable:
+            refusals = {name: _modules[name].refuses(logits, temperatures) for name in usable}
+            _warn_of_reference("this call", _reasons(refusals))
         return None
     if name == REFERENCE:
         return None
@@ -75,14 +82,37 @@ def _find_usable(device: str) -> tuple[str, ...]:
     if known is not None:
         return known
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return ()  # nothing can be checked now: the reference this time, and not remembered
+        raise RuntimeError(
+            "backend 'auto' holds a backend against the reference on its first use, which cannot be done "
+            "while a CUDA graph is captured: call the loss once before, or name a backend"
+        )
     reasons = {name: _why_untrusted(name, device) for name in _PREFERENCE.get(device, ())}
     usable = tuple(name for name, reason in reasons.items() if reason is None)
-    if reasons and not usable:
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        warnings.warn(f"cmim_kernels uses its slow reference for {device} tensors ({why})", stacklevel=4)
+    if not usable and device != "meta":  # which computes nothing
+        _warn_of_reference(f"{device} tensors", _reasons(reasons) or "no other backend serves them")
     _usable_on[device] = usable
     return usable
+
+
+def _reasons(reasons: dict[str, str | None]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+@_constant_to_the_compiler
+def _warn_of_reference(what: str, why: str) -> None:
+    """Once for every reason."""
+    if why not in _warned:
+        _warned.add(why)
+        message = f"cmim_kernels uses its slow reference for {what} ({why})"
+        warnings.warn(message, stacklevel=_frames_to_the_caller())
+
+
+def _frames_to_the_caller() -> int:
+    """As `stacklevel`: how far up the first function is that is not of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _why_untrusted(name: str, device: str) -> str | None:

@@ -7,11 +7,14 @@ it.
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .autograd import needs_reference
 
 
 def gather_batch(
@@ -31,8 +34,11 @@ def gather_batch(
         group: the ranks that share the batch.
 
     Raises:
-        RuntimeError: torch.distributed is not initialised, or this process is not in `group`.
+        RuntimeError: torch.distributed is not initialised, or this process is not in `group`; or a transform
+            of `torch.func` or forward-mode differentiation is going on.
     """
+    if needs_reference():
+        raise RuntimeError("process_group works by backward() only, not under torch.func or forward-mode AD")
     if not dist.is_initialized():
         raise RuntimeError("process_group needs torch.distributed to be initialised in this process")
     rank, world = dist.get_rank(group), dist.get_world_size(group)
@@ -52,8 +58,39 @@ def gather_batch(
     return torch.cat(all_logits), torch.cat(all_target)
 
 
+class GroupHolder:
+    """The process group of a module: its copies share it, and no pickle can hold it."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: object) -> GroupHolder:
+        return GroupHolder(self.group)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.group is not None:
+            raise pickle.PicklingError(
+                "a module with a process_group cannot be pickled: save its state_dict(), or set its "
+                "process_group to None before"
+            )
+        return GroupHolder, (None,)
+
+    @staticmethod
+    def property() -> Any:
+        """`process_group` of a module that has its holder in `_group`."""
+
+        def read(module: Any) -> dist.ProcessGroup | None:
+            holder: GroupHolder = module._group
+            return holder.group
+
+        def write(module: Any, group: dist.ProcessGroup | None) -> None:
+            module._group = GroupHolder(group)
+
+        return property(read, write)
+
+
 class _GradientTimes(torch.autograd.Function):
-    """The identity, with a gradient multiplied by a number."""
+    """The identity, with a gradient multiplied by a number, which cannot be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -62,4 +99,19 @@ class _GradientTimes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
+        return _Once.apply(grad * ctx.factor), None
+
+
+class _Once(torch.autograd.Function):
+    """The identity, without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "process_group: the gradient cannot be differentiated again, since it depends on the other ranks' "
+            "rows, which are constants here"
+        )

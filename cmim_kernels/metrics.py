@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .functional import DEFAULT_SPECTRUM
-from .spectrum import Numbers, TemperatureSpectrum
+from .spectrum import DEFAULT_SPECTRUM, Numbers, TemperatureSpectrum, as_spectrum
+from .validate import checked_count, checked_ignore_index
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +111,9 @@ class ClusterSums:
             infinite = (P > 0) & (masked_elsewhere > 0)
             separation.append(cross.masked_fill(infinite, torch.inf).sum() / M**2)
         return ConcentrationSpectrum(
-            inverse_temperatures=torch.tensor(spectrum.inverse_temperatures, dtype=torch.float64),
+            inverse_temperatures=torch.tensor(
+                spectrum.inverse_temperatures, dtype=torch.float64, device="cpu"
+            ),
             cmi=(self.scatter.sum(1) / M).cpu(),
             separation=torch.stack(separation).cpu(),
             class_cmi=(self.scatter / n).cpu(),
@@ -200,17 +202,11 @@ class StreamingCMI:
         ignore_index: int = -100,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes must be a positive int, got {num_classes!r}")
-        self.spectrum = (
-            temperatures
-            if isinstance(temperatures, TemperatureSpectrum)
-            else TemperatureSpectrum(temperatures)
-        )
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
+        self.spectrum = as_spectrum(temperatures)
+        self.num_classes = checked_count("num_classes", num_classes)
+        self.ignore_index = checked_ignore_index(ignore_index)
         self.device = torch.device(device)
-        self._sums = ClusterSums.empty(len(self.spectrum), num_classes, num_classes, self.device)
+        self._sums = ClusterSums.empty(len(self.spectrum), self.num_classes, self.num_classes, self.device)
 
     @torch.no_grad()
     def update(self, logits: Tensor, target: Tensor) -> None:
@@ -261,19 +257,19 @@ def evaluate_concentration(
     """The figures of a model, run in eval mode over batches of (inputs, target).
 
     Args:
-        model: inputs -> logits (N, C); its mode is restored afterwards.
+        model: inputs -> logits (N, C); the mode of each of its modules is restored afterwards.
         loader: yields sequences that begin with inputs and target.
         temperatures: where to measure.
         ignore_index: rows with this target count nowhere.
         device: where inputs are moved; by default the model's own.
-        group: pool the ranks' data; every rank has to call this with its own share.
+        group: pool the ranks' data; every rank has to call this with its own share, one batch at least.
 
     Raises:
         ValueError: the loader is empty; or as `StreamingCMI.update`.
     """
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     metric = None
     try:
@@ -285,7 +281,8 @@ def evaluate_concentration(
                 )
             metric.update(logits, target.to(device))
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
     if metric is None:
         raise ValueError("loader must yield at least one batch")
     if group is not None:

@@ -10,15 +10,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .dispatch import check_backend
-from .functional import (
-    DEFAULT_SPECTRUM,
-    Reduction,
-    as_spectrum,
-    check_before_logits,
-    checked_numbers,
-    fused_cmi_loss,
-)
-from .spectrum import Numbers, TemperatureSpectrum
+from .distributed import GroupHolder
+from .functional import Reduction, fused_cmi_loss
+from .spectrum import DEFAULT_SPECTRUM, Numbers, TemperatureSpectrum, as_spectrum
+from .validate import check_before_logits, checked_options
 
 _NARROW = (torch.float16, torch.bfloat16)
 
@@ -71,15 +66,15 @@ class CMIMLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        checked_numbers(ce_weight, cmi_weight, label_smoothing, ignore_index, reduction)
+        options = checked_options(ce_weight, cmi_weight, label_smoothing, ignore_index, reduction)
         check_backend(backend)
         self.spectrum = as_spectrum(temperatures, temperature_weights)
-        self.ce_weight = ce_weight
-        self.cmi_weight = cmi_weight
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
+        self.ce_weight = options.ce_weight
+        self.cmi_weight = options.cmi_weight
+        self.label_smoothing = options.label_smoothing
+        self.ignore_index = options.ignore_index
         self.reduction: Reduction = reduction
-        self.process_group = process_group
+        self._group = GroupHolder(process_group)
         self.backend = backend
         if weight is not None:
             check_before_logits("weight", weight, (None,))
@@ -88,11 +83,13 @@ class CMIMLoss(nn.Module):
             if centroids is not None:
                 check_before_logits("centroids", centroids, (len(self.spectrum), None, None))
             self.register_buffer("centroids", centroids)
-        elif isinstance(centroids, Centroids):
+        elif isinstance(centroids, Centroids) and not isinstance(centroids, type):
             self.centroids = centroids
         else:
-            kind = type(centroids).__name__
+            kind = "a class" if isinstance(centroids, type) else type(centroids).__name__
             raise TypeError(f"centroids must be a tensor or a CentroidBank, got {kind}")
+
+    process_group = GroupHolder.property()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CMIMLoss:
         # Centroids are of the dtype the loss is computed in: half() and the like leave them as they are.

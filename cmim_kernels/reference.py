@@ -45,7 +45,8 @@ def reference_loss(
     out = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if reduction == SPECTRUM:
         return (divergences(z, target, inverse_temperatures, centroids, kept).sum(1) / kept.sum()).to(out)
-    value = z.new_zeros(z.shape[:1] if reduction == NONE else ())
+    # z[:0] makes it differentiable where both terms are left out
+    value = z.new_zeros(z.shape[:1] if reduction == NONE else ()) + z[:0].sum()
     if ce_weight != 0:
         weight = None if class_weight is None else class_weight.to(z)
         how = _CE_REDUCTION[reduction]
@@ -89,7 +90,7 @@ def class_centroids(
     p = torch.softmax(a * _from_largest(z), dim=-1)  # (K, N, C)
     label = torch.where(kept, target, classes)  # ignored rows go to an extra class, dropped below
     total = p.new_zeros(len(p), classes + 1, classes).index_add(1, label, p)[:, :classes]
-    counts = torch.bincount(label, minlength=classes + 1)[:classes]
+    counts = label.new_zeros(classes + 1).index_add(0, label, torch.ones_like(label))[:classes]
     out = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return (total / counts.clamp(min=1)[:, None]).to(out), counts
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from .validate import checked_count, checked_int
+
 
 class ClassBalancedBatchSampler(Sampler[list[int]]):
     """Batches of `classes_per_batch` classes with `samples_per_class` rows each: a `batch_sampler`.
@@ -49,32 +51,32 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"labels must be integers, got {labels.dtype}")
         values, which = labels.cpu().unique(return_inverse=True)
-        m = len(values) if classes_per_batch is None else classes_per_batch
+        m = len(values) if classes_per_batch is None else checked_int("classes_per_batch", classes_per_batch)
         if not 1 <= m <= len(values):
             raise ValueError(f"classes_per_batch must lie in [1, {len(values)}], got {m}")
-        if samples_per_class < 1:
-            raise ValueError(f"samples_per_class must be at least 1, got {samples_per_class}")
-        if batches is not None and batches < 1:
-            raise ValueError(f"batches must be at least 1, got {batches}")
+        n = checked_count("samples_per_class", samples_per_class)
+        rank, world_size = checked_int("rank", rank), checked_count("world_size", world_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
+        if batches is None:
+            batches = max(1, len(labels) // (m * n * world_size))
         order = which.argsort(stable=True)
         self._members = [rows.tolist() for rows in order.split(which.bincount().tolist())]
-        self._m, self._n = m, samples_per_class
-        self._batches = batches or max(1, len(labels) // (m * samples_per_class * world_size))
-        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._m, self._n = m, n
+        self._batches = checked_count("batches", batches)
+        self._seed, self._rank, self._world_size = checked_int("seed", seed), rank, world_size
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch that the next iteration deals; without it every iteration is the same."""
-        self._epoch = epoch
+        self._epoch = checked_int("epoch", epoch)
 
     def __len__(self) -> int:
         return self._batches
 
     def __iter__(self) -> Iterator[list[int]]:
         # Generators use no more than 32 bits of a seed.
-        generator = torch.Generator().manual_seed((self._seed * 2_654_435_761 + self._epoch) % 2**32)
+        generator = torch.Generator("cpu").manual_seed((self._seed * 2_654_435_761 + self._epoch) % 2**32)
         classes = _Deck(range(len(self._members)), generator)
         rows = [_Deck(members, generator) for members in self._members]
         for _ in range(self._batches):
@@ -90,18 +92,20 @@ class _Deck:
 
     def __init__(self, cards: Sequence[int], generator: torch.Generator) -> None:
         self._cards, self._generator = cards, generator
-        self._left: list[int] = []
+        self._deck: list[int] = []
+        self._dealt = 0  # so many of it, from the front
 
     def deal(self, count: int) -> list[int]:
         """The next `count` numbers, all distinct unless there are fewer than that."""
-        while len(self._left) < count:
-            held, fresh = set(self._left), self._shuffled()
+        while len(self._deck) - self._dealt < count:
+            left, fresh = self._deck[self._dealt :], self._shuffled()
+            held = set(left)
             # Cards still in hand come last, so that none is dealt twice at once.
-            self._left += [card for card in fresh if card not in held] + [
-                card for card in fresh if card in held
-            ]
-        dealt, self._left = self._left[:count], self._left[count:]
-        return dealt
+            self._deck = left + sorted(fresh, key=held.__contains__)
+            self._dealt = 0
+        self._dealt += count
+        return self._deck[self._dealt - count : self._dealt]
 
     def _shuffled(self) -> list[int]:
-        return [self._cards[i] for i in torch.randperm(len(self._cards), generator=self._generator).tolist()]
+        order = torch.randperm(len(self._cards), generator=self._generator, device="cpu").tolist()
+        return [self._cards[i] for i in order]

@@ -9,6 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .validate import as_float, checked_count
+
 Numbers = Sequence[float] | Tensor
 
 
@@ -84,12 +86,12 @@ class TemperatureSpectrum:
             _positive_finite(name, value)
         if t_min > t_max:
             raise ValueError(f"t_min must not exceed t_max, got t_min={t_min!r} and t_max={t_max!r}")
-        n = _count(n)
+        n = checked_count("n", n)
         if n == 1:
             if t_min != t_max:
                 raise ValueError(f"n=1 needs t_min equal to t_max, got t_min={t_min!r} and t_max={t_max!r}")
             return cls([t_min])
-        ratio = math.log(t_max / t_min) / (n - 1)
+        ratio = (math.log(t_max) - math.log(t_min)) / (n - 1)
         return cls([t_min * math.exp(ratio * i) for i in range(n - 1)] + [t_max])
 
     @property
@@ -119,8 +121,16 @@ class TemperatureSpectrum:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"TemperatureSpectrum is immutable: cannot set {name!r}; make another one")
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self).from_inverse, (self.inverse_temperatures, self.weights)
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"TemperatureSpectrum is immutable: cannot delete {name!r}")
+
+    # For pickle and copy, without a function to call: torch.load(weights_only=True) takes the class alone as
+    # a safe global.
+    def __getstate__(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self.inverse_temperatures, self.weights
+
+    def __setstate__(self, state: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
+        self._set(*state)
 
     def _set(self, inverse_temperatures: tuple[float, ...], weights: Numbers | None) -> None:
         k = len(inverse_temperatures)
@@ -135,6 +145,15 @@ class TemperatureSpectrum:
         object.__setattr__(self, "weights", values)
 
 
+def as_spectrum(
+    temperatures: TemperatureSpectrum | Numbers, weights: Numbers | None = None
+) -> TemperatureSpectrum:
+    """What a caller gives as temperatures, with these weights if there are any."""
+    if not isinstance(temperatures, TemperatureSpectrum):
+        return TemperatureSpectrum(temperatures, weights)
+    return temperatures if weights is None else temperatures.with_weights(weights)
+
+
 def floats(name: str, values: Numbers) -> tuple[float, ...]:
     """`values` as a non-empty tuple of Python floats, of any range; errors call it `name`."""
     if isinstance(values, Tensor):
@@ -147,14 +166,6 @@ def floats(name: str, values: Numbers) -> tuple[float, ...]:
     if not values:
         raise ValueError(f"{name} must not be empty")
     return tuple(as_float(value) for value in values)
-
-
-def as_float(value: Real | float) -> float:
-    """A real number as a float, an infinite one where it is out of range."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def _tensor_to_list(name: str, values: Tensor) -> list[float]:
@@ -177,22 +188,14 @@ def _tensor_to_list(name: str, values: Tensor) -> list[float]:
 
 def _beta_and_n(beta: float, n: int) -> tuple[float, int]:
     _positive_finite("max_inverse_temperature", beta)
-    return float(beta), _count(n)
+    return float(beta), checked_count("n", n)
 
 
 def _positive_finite(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 < value < math.inf:
+    if not 0 < as_float(value) < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
-
-
-def _count(n: int) -> int:
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"n must be an int, got {type(n).__name__}")
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    return n
 
 
 def _legendre_node(i: int, n: int) -> tuple[float, float]:
@@ -215,3 +218,6 @@ def _legendre(x: float, n: int) -> tuple[float, float]:
     for m in range(2, n + 1):
         before, p = p, ((2 * m - 1) * x * p - (m - 1) * before) / m
     return p, n * (x * p - before) / (x * x - 1)
+
+
+DEFAULT_SPECTRUM = TemperatureSpectrum.uniform(1.0, 8)

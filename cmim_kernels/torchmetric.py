@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-from .functional import DEFAULT_SPECTRUM
 from .metrics import ClusterSums, summarise
-from .spectrum import Numbers, TemperatureSpectrum
+from .spectrum import DEFAULT_SPECTRUM, Numbers, TemperatureSpectrum, as_spectrum
+from .tensors import keeping_dtype
+from .validate import checked_count, checked_ignore_index
 
 try:
     from torchmetrics import Metric
@@ -44,17 +47,16 @@ class CMIMetric(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
-        self.spectrum = (
-            temperatures
-            if isinstance(temperatures, TemperatureSpectrum)
-            else TemperatureSpectrum(temperatures)
-        )
-        empty = ClusterSums.empty(len(self.spectrum), num_classes, num_classes, "cpu")
+        self.num_classes = checked_count("num_classes", num_classes)
+        self.ignore_index = checked_ignore_index(ignore_index)
+        self.spectrum = as_spectrum(temperatures)
+        empty = ClusterSums.empty(len(self.spectrum), self.num_classes, self.num_classes, "cpu")
         for name, zeros in vars(empty).items():
             # Means and scatters of several processes do not add up: they are stacked and merged in compute.
             self.add_state(name, zeros, dist_reduce_fx="sum" if name in _ADDITIVE else None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
+        return super()._apply(keeping_dtype(fn), exclude_state)
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Takes in one batch."""

@@ -1,5 +1,5 @@
 // The operators' schemas and their CPU implementation, on PyTorch's stable ABI: one binary for every later
-// torch and every Python. What is valid is decided in cmim_kernels/functional.py; here only what memory
+// torch and every Python. What is valid is decided in cmim_kernels/validate.py; here only what memory
 // safety needs is checked again, since the operators can be called by themselves.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>

@@ -104,7 +104,6 @@ def emulated() -> SimpleNamespace:
     torch.ops.load_library(library)
     operators = torch.ops.cmim_emulated
     return SimpleNamespace(
-        NAME="cuda",
         unusable=lambda: None,
         refuses=lambda logits, temperatures: None,
         keeps_gradient=cuda.keeps_gradient,

@@ -56,7 +56,14 @@ def nan_logits() -> AuditData:
         (ValueError, r"labels must lie in \[0, 3\)", lambda: data(labels=torch.full((24,), 3))),
         (TypeError, "labels must be int64", lambda: data(labels=torch.zeros(24))),
         (ValueError, "as many rows as labels", lambda: data(labels=torch.zeros(20, dtype=torch.int64))),
-        (TypeError, "inputs must be floating point", lambda: data(inputs=torch.zeros(24, 6).long())),
+        (TypeError, "^inputs must be float32.*int64", lambda: data(inputs=torch.zeros(24, 6).long())),
+        (TypeError, "test_inputs must be float32", lambda: data(test_inputs=torch.zeros(400, 6).double())),
+        (
+            ValueError,
+            r"teachers\['a'\] must not require grad",
+            lambda: data(teachers={"a": torch.zeros(24, 3, requires_grad=True)}),
+        ),
+        (ValueError, r"without '\|', got 'a\|b'", lambda: data(teachers={"a|b": torch.zeros(24, 3)})),
         (ValueError, "inputs must be finite", lambda: data(inputs=torch.full((24, 6), torch.inf))),
         (ValueError, "test_inputs must have shape", lambda: data(test_inputs=torch.zeros(400, 7))),
         (ValueError, "test_labels", lambda: data(test_labels=torch.zeros(2, 400, dtype=torch.int64))),
@@ -171,6 +178,7 @@ def test_command_line_of_the_module() -> None:
     ("changes", "message"),
     [
         ({"labels": None}, "lacks labels"),
+        ({"teachers.teacher": torch.zeros(24, 3)}, "holds teachers of 'teacher' twice"),
         ({"something": torch.zeros(1)}, "holds 'something', which no audit reads"),
         ({"teacher_logits": torch.zeros(20, 3)}, r"must have shape \(24, 3\), got \(20, 3\)"),
         ({"teacher_logits": torch.full((24, 3), torch.nan)}, "must be finite, got 72 entries"),

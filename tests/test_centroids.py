@@ -61,6 +61,24 @@ def test_the_result_survives_the_next_update() -> None:
     assert logits.grad is not None
 
 
+def test_eval_mode_computes_no_centroids_where_all_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    b = bank()
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        calls.append(args)
+        return class_centroids(*args, **kwargs)
+
+    monkeypatch.setattr("cmim_kernels.centroids.class_centroids", counted)
+    for classes, expected in ((2, 2), (C, 1)):
+        b.train()
+        b.centroids_for(*batch(0, classes=classes), A)
+        b.eval()
+        b.centroids_for(*batch(1), A)
+        assert len(calls) == expected
+        calls.clear()
+
+
 def test_eval_mode_and_unseen_classes() -> None:
     b = bank()
     b.centroids_for(*batch(0, classes=2), A)
@@ -238,6 +256,33 @@ def test_a_bank_of_other_classes_or_temperatures() -> None:
         CentroidBank(7, temperatures=SPECTRUM).centroids_for(*batch(0), A)
     with pytest.raises(ValueError, match="the loss has inverse temperatures"):
         bank().centroids_for(*batch(0), (1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_bank_made_without_memory_is_loaded(assign: bool) -> None:
+    """As sharded models are made: on the meta device, and filled from a state."""
+    b = bank(mode="epoch")
+    b.centroids_for(*batch(0), A)
+    b.end_epoch()
+    with torch.device("meta"):
+        other = bank(mode="epoch")
+    other.eval()
+    if not assign:
+        other.to_empty(device="cpu")
+    other.load_state_dict(b.state_dict(), assign=assign)
+    logits, target = batch(1)
+    assert torch.equal(other.centroids_for(logits, target, A), b.eval().centroids_for(logits, target, A))
+
+
+def test_the_state_of_a_slow_average_is_accepted() -> None:
+    """Steps towards a batch that are too small for float32 leave its sums a little beside one."""
+    b = bank(decay=0.99999)
+    b.centroids_for(*batch(0), A)
+    state = b.state_dict()
+    state["centroids"] = state["centroids"] * 1.005
+    b.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="must sum to 1"):
+        bank(decay=0.9).load_state_dict(state)
 
 
 def test_the_loss_module_uses_and_keeps_the_bank() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from calls import OPTIONS, Options, regime
-from conftest import Place
+from conftest import ALL, Place
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cmim_kernels as ck
 from cmim_kernels.backends import cpu
@@ -108,14 +113,83 @@ def test_transform_inside_a_compiled_function(place: Place) -> None:
     torch.testing.assert_close(compiled(logits), function(logits), rtol=1e-4, atol=1e-6)
 
 
-def test_export(place: Place) -> None:
-    class Loss(nn.Module):
-        def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-            return ck.fused_cmi_loss(logits, target, backend=place.name)
+class Network(nn.Module):
+    def __init__(self, place: Place, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(10, 10).to(place.device)
+        self.loss = ck.CMIMLoss(backend=place.name, **options).to(place.device)
 
-    logits, target = regime("random").make(device=place.device)
-    exported = torch.export.export(Loss(), (logits, target))
-    torch.testing.assert_close(exported.module()(logits, target), Loss()(logits, target))
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        value: Tensor = self.loss(self.layer(x), target)
+        return value
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_exported_programs_can_be_trained(place: Place, reduction: Any, strict: bool) -> None:
+    x, target = torch.randn(9, 10, device=place.device), torch.arange(9, device=place.device) % 4
+    eager = Network(place, reduction=reduction, weight=0.5 + torch.rand(10), label_smoothing=0.1)
+    program = torch.export.export(eager, (x, target), strict=strict).module()
+    assert isinstance(program.layer, nn.Module)
+    results = []
+    for network in (eager, program):
+        value = network(x, target)
+        network.zero_grad()
+        (1.5 * value.sum()).backward()
+        results.append((value, network.layer.weight.grad))
+    for expected, got in zip(*results, strict=True):
+        assert expected is not None
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_exported_program_is_differentiated_twice(place: Place) -> None:
+    x, target = torch.randn(9, 10, device=place.device), torch.arange(9, device=place.device) % 4
+    eager = Network(place)
+    program = torch.export.export(eager, (x, target)).module()
+    results = []
+    for network in (eager, program):
+        weight = network.layer.weight  # type: ignore[union-attr]
+        (gradient,) = torch.autograd.grad(network(x, target), weight, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), weight)[0])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+LOADED = """
+import sys
+import torch
+import cmim_kernels
+print(float(torch.export.load(sys.argv[1]).module()(*torch.load(sys.argv[2]))))
+"""
+
+
+def test_a_saved_program_is_loaded_where_nothing_has_been_called_yet(tmp_path: Path) -> None:
+    network = Network(Place("auto", "cpu", ALL))
+    batch = torch.randn(9, 10), torch.arange(9) % 4
+    files = [str(tmp_path / name) for name in ("program.pt2", "batch.pt")]
+    torch.export.save(torch.export.export(network, batch), files[0])
+    torch.save(batch, files[1])
+    done = subprocess.run([sys.executable, "-c", LOADED, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(network(*batch).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("source", ["tensor", "bank"])
+def test_tracers_without_data(place: Place, source: str) -> None:
+    """Class weights, centroids and labels are not looked into where there is nothing to see."""
+    logits, target = torch.randn(9, 10, device=place.device), torch.arange(9, device=place.device) % 4
+    options: dict[str, Any] = {"weight": torch.rand(10)}
+    if source == "bank":
+        options["centroids"] = ck.CentroidBank(10, backend=place.name)
+    loss = ck.CMIMLoss(backend=place.name, **options).to(place.device)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = mode.from_tensor(logits).requires_grad_(), mode.from_tensor(target)
+        assert loss.eval()(*fakes).shape == ()
+        weight = torch.rand(10, device=place.device)  # a fake too
+        assert ck.fused_cmi_loss(*fakes, weight=weight, backend=place.name).requires_grad
+    if source == "tensor":
+        graph = make_fx(loss)(logits, target)
+        torch.testing.assert_close(graph(logits, target), loss(logits, target))
 
 
 def op_arguments(options: Options, logits: Tensor, target: Tensor) -> tuple[Any, ...]:

@@ -105,6 +105,16 @@ def test_weights_of_the_terms_add_up(place: Place) -> None:
         torch.testing.assert_close(parts[0][k] + parts[1][k], parts[2][k], rtol=1e-5, atol=1e-7)
 
 
+def test_no_term_is_a_constant_with_a_gradient_of_zero(place: Place) -> None:
+    """As in the first step of a warm-up of both weights."""
+    logits, target = regime("random").make(device=place.device)
+    leaf = logits.requires_grad_()
+    value = ck.fused_cmi_loss(leaf, target, ce_weight=0.0, cmi_weight=0.0, backend=place.name)
+    assert value == 0
+    value.backward()
+    assert torch.equal(leaf.grad, torch.zeros_like(logits))
+
+
 def test_numpy_numbers_are_numbers() -> None:
     numpy = pytest.importorskip("numpy")
     logits, target = regime("random").make()

@@ -65,7 +65,6 @@ FAKES = [
 class FakeCuda:
     """The backend as tracing sees it: the registered operators, of which only the fakes run."""
 
-    NAME = cuda.NAME
     loss, loss_backward = torch.ops.cmim_kernels.loss.default, torch.ops.cmim_kernels.loss_backward.default
     class_centroids = torch.ops.cmim_kernels.class_centroids.default
     refuses, keeps_gradient = staticmethod(cuda.refuses), staticmethod(cuda.keeps_gradient)

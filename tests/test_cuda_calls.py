@@ -12,6 +12,8 @@ from cuda_emulated import AUTOMATIC, emulated, guarded, launches, settings
 from operator_calls import EIGHT, Arguments, arguments, clusters
 from torch import Tensor
 
+import cmim_kernels as ck
+from cmim_kernels import dispatch
 from cmim_kernels.reference import MEAN, NONE, SPECTRUM, SUM
 
 pytestmark = needs_x86
@@ -92,6 +94,18 @@ def test_a_label_out_of_range_is_told_and_not_read_through(path: int, label: int
         backend.check_labels()
 
 
+def test_a_later_call_is_not_blamed_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own arguments are valid: no ValueError."""
+    monkeypatch.setitem(dispatch._modules, "cuda", emulated())
+    logits, target = clusters(1.5, n=20)
+    wrong = target.clone()
+    wrong[4] = 37
+    assert ck.fused_cmi_loss(logits, wrong, backend="cuda").isnan()
+    with pytest.raises(RuntimeError, match=r"^target: .* in an earlier call, got 37 at row 4;[^\n]*$"):
+        ck.fused_cmi_loss(logits, target, backend="cuda")
+    assert ck.fused_cmi_loss(logits, target, backend="cuda").isfinite()
+
+
 def test_a_label_out_of_range_has_no_centroid() -> None:
     logits, target = clusters(1.5, n=20)
     target[4] = 37
@@ -168,7 +182,7 @@ def test_upstream_gradients_of_any_stride() -> None:
 
 
 def test_what_the_binding_refuses() -> None:
-    """functional.py checks; here is only what memory safety needs."""
+    """validate.py checks; here is only what memory safety needs."""
     backend = emulated()
     logits, target = clusters(1.5, n=20)
     args = arguments(target)

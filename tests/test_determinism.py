@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import OPTIONS, fused, regime, spectrum
+from calls import OPTIONS, Options, fused, regime, spectrum
 from conftest import Place
 from torch import Tensor
 
@@ -27,26 +27,36 @@ def batch(shape: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[
     return logits.to(device, dtype), target[torch.randperm(n, generator=generator)].to(device)
 
 
-@pytest.mark.parametrize("spread", [1, 30])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("options", ["default", "cold_and_hot", "rows", "centroids"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_threads_and_runs(shape: str, options: str, dtype: torch.dtype, spread: int) -> None:
-    """Of the CPU kernels; torch's own operations, of which the reference is made, promise less.
-
-    Logits of deviation 30 have probabilities on both sides of the smallest normal number.
-    """
-    place = Place("cpu", "cpu", (dtype,))
-    logits, target = batch(shape, place.device)
-    logits = (spread * logits).to(dtype)
+def results_by_threads(options: Options, logits: Tensor, target: Tensor) -> list[tuple[Tensor, ...]]:
+    """Loss, gradient, spectrum and its gradient, of the CPU kernels; torch's own operations promise less."""
+    place = Place("cpu", "cpu", (logits.dtype,))
     results = []
     for count in (1, 2, 3, 2, 1):
         torch.set_num_threads(count)
-        chosen = OPTIONS[options]
-        results.append((*fused(place, chosen, logits, target), *spectrum(place, chosen, logits, target)))
-    for other in results[1:]:
-        for first, again in zip(results[0], other, strict=True):
-            torch.testing.assert_close(again, first, rtol=0, atol=0, equal_nan=True)
+        results.append((*fused(place, options, logits, target), *spectrum(place, options, logits, target)))
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", ["default", "rows", "centroids"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_threads_and_runs(shape: str, options: str, dtype: torch.dtype) -> None:
+    first, *others = results_by_threads(OPTIONS[options], *batch(shape, "cpu", dtype))
+    for other in others:
+        for one, again in zip(first, other, strict=True):
+            torch.testing.assert_close(again, one, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_threads_flush_subnormal_numbers(dtype: torch.dtype) -> None:
+    """A cluster that threads share, with probabilities on both sides of the smallest normal number."""
+    logits = 20 * torch.randn(256, 1000, generator=torch.Generator().manual_seed(1))
+    options = Options(ck.TemperatureSpectrum([0.1, 0.2, 0.5]))
+    first, *others = results_by_threads(options, logits.to(dtype), torch.zeros(256, dtype=torch.int64))
+    gradient = first[1].float()
+    assert ((gradient != 0) & (gradient.abs() < 1e-35)).any()  # not all of it is far from them
+    for other in others:
+        assert all(torch.equal(one, again) for one, again in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

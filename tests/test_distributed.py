@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import tempfile
 from pathlib import Path
 
@@ -61,6 +63,19 @@ def worker(rank: int, folder: str) -> None:
     results["module"] = (module(model(x), target).detach(), module(model(x), target).detach())
     with pytest.raises(ValueError, match=r"reduction.*process_group"):
         ck.fused_cmi_loss(model(x), target, process_group=group, reduction="none")
+    (gradient,) = torch.autograd.grad(
+        ck.fused_cmi_loss(model(x), target, process_group=group), model.module.weight, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="process_group: the gradient cannot be differentiated again"):
+        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"process_group works by backward\(\) only"):
+        torch.func.grad(lambda z: ck.fused_cmi_loss(z, target, process_group=group))(x[:, :4])
+    averaged = copy.deepcopy(module)  # as an average of a model over its steps is
+    assert averaged.process_group is group
+    with pytest.raises(pickle.PicklingError, match=r"save its state_dict\(\)"):
+        pickle.dumps(module)
+    averaged.process_group = None
+    assert pickle.loads(pickle.dumps(averaged)).process_group is None
     alone = dist.new_group([0])
     if rank == 1:
         with pytest.raises(RuntimeError, match="process_group does not contain this process"):

@@ -216,10 +216,11 @@ def test_bad_input_is_refused_and_leaves_no_trace(
 def test_evaluating_a_model() -> None:
     logits, target = rows()
     model = nn.Sequential(nn.Dropout(0.5), nn.Identity())  # changes the logits unless in eval mode
+    model[1].eval()  # as what is frozen
     batches = [(logits[i : i + 10], target[i : i + 10], "more") for i in range(0, 97, 10)]
     found = evaluate_concentration(model, batches, temperatures=SPECTRUM)
     assert torch.equal(found.cmi, stream(logits, target, 10).cmi)
-    assert model.training
+    assert [module.training for module in model.modules()] == [True, True, False]
     with pytest.raises(ValueError, match="at least one batch"):
         evaluate_concentration(model, [])
 
@@ -249,6 +250,18 @@ def test_torchmetrics_metric() -> None:
     torch.testing.assert_close(found["ncmi"], whole.ncmi, rtol=1e-9, atol=0.0)
     metric.reset()
     assert metric.compute()["cmi"].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_torchmetrics_metric_in_a_model_that_is_cast(dtype: torch.dtype) -> None:
+    pytest.importorskip("torchmetrics")
+    from cmim_kernels.metrics import CMIMetric
+
+    model = nn.ModuleDict({"cmi": CMIMetric(C, SPECTRUM)})
+    model.to(dtype)
+    model["cmi"].update(*rows(1e-3))
+    assert model["cmi"].mean.dtype == torch.float64
+    assert torch.equal(model["cmi"].compute()["cmi"], stream(*rows(1e-3), 97).cmi)
 
 
 def test_torchmetrics_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,18 @@ def test_repr_shows_the_options() -> None:
     text = repr(ck.CMIMLoss(temperatures=[1.0, 2.0], cmi_weight=3.0, reduction="sum"))
     for part in ("inverse_temperatures=[1.0, 0.5]", "cmi_weight=3.0", "reduction='sum'", "ignore_index=-100"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"weight": torch.ones(3, requires_grad=True)}, ValueError, "weight must not require grad"),
+        ({"centroids": ck.CentroidBank}, TypeError, "a CentroidBank, got a class"),
+    ],
+)
+def test_what_no_batch_could_put_right(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ck.CMIMLoss(**options)
 
 
 def test_any_source_of_centroids() -> None:

@@ -85,6 +85,10 @@ def test_drives_a_loader() -> None:
         (ValueError, "samples_per_class", [0, 1], {"samples_per_class": 0}),
         (ValueError, "batches", [0, 1], {"batches": 0}),
         (ValueError, "rank", [0, 1], {"rank": 1}),
+        (TypeError, "classes_per_batch must be an int, got float", [0, 1], {"classes_per_batch": 2.0}),
+        (TypeError, "samples_per_class must be an int, got float", [0, 1], {"samples_per_class": 2.0}),
+        (TypeError, "batches must be an int, got bool", [0, 1], {"batches": True}),
+        (TypeError, "seed must be an int, got NoneType", [0, 1], {"seed": None}),
     ],
 )
 def test_bad_arguments(error: type[Exception], message: str, labels: Any, options: dict[str, Any]) -> None:

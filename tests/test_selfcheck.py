@@ -23,7 +23,7 @@ def broken(**changed: Any) -> Any:
     names = ("unusable", "refuses", "saved_like", "loss", "loss_backward", "class_centroids")
     functions = {name: getattr(cpu, name) for name in names}
     functions["keeps_gradient"] = lambda logits, reduction: False
-    return SimpleNamespace(NAME="cuda", **functions | changed)
+    return SimpleNamespace(**functions | changed)
 
 
 def wrong_gradient(*arguments: Any) -> Tensor:
@@ -86,6 +86,33 @@ def test_auto_trusts_only_what_passed(right: bool, monkeypatch: pytest.MonkeyPat
         assert len(said) == 1
         assert "fails its check on this machine" in str(said[0].message)
     assert dispatch.pick("cuda", logits, 8) is candidate  # asked for by name, it is used
+
+
+def test_a_call_that_auto_leaves_to_the_reference_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = broken(refuses=lambda logits, temperatures: f"it serves no {temperatures} temperatures")
+    monkeypatch.setattr(dispatch, "_modules", {"cpu": refusing})
+    monkeypatch.setattr(dispatch, "_usable_on", {"cpu": ("cpu",)})
+    monkeypatch.setattr(dispatch, "_warned", set())
+    logits, target = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            ck.fused_cmi_loss(logits, target)
+    assert len(said) == 1
+    assert "reference for this call (cpu: it serves no 8 temperatures)" in str(said[0].message)
+    assert said[0].filename == __file__  # the caller's line
+
+
+def test_auto_does_not_choose_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference, taken in passing, would be in the graph for good."""
+    monkeypatch.setattr(dispatch, "_usable_on", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode():
+        logits = torch.empty(4, 3, device="cuda")
+        with pytest.raises(RuntimeError, match="call the loss once before"):
+            dispatch.pick("auto", logits, 8)
+    assert dispatch._usable_on == {}
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

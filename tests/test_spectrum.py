@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import pickle
 
@@ -75,6 +76,13 @@ def test_value_semantics() -> None:
     assert other.weights == (1.0,) * 8
     for again in (pickle.loads(pickle.dumps(one)), copy.copy(one), copy.deepcopy(one)):
         assert again == one
+    with torch.serialization.safe_globals([TemperatureSpectrum]):
+        file = io.BytesIO()
+        torch.save(one, file)
+        file.seek(0)
+        assert torch.load(file, weights_only=True) == one
+    with pytest.raises(AttributeError, match="immutable"):
+        del one.weights  # type: ignore[misc]
     assert repr(one).startswith("TemperatureSpectrum(inverse_temperatures=[0.125, 0.25,")
     with pytest.raises(AttributeError, match="immutable"):
         one.weights = (1.0,)  # type: ignore[misc]
@@ -84,6 +92,11 @@ def test_value_semantics() -> None:
     ("make", "error", "message"),
     [
         (lambda: TemperatureSpectrum([]), ValueError, "temperatures must not be empty"),
+        (
+            lambda: TemperatureSpectrum.uniform(10**400, 8),
+            ValueError,
+            "max_inverse_temperature must be positive",
+        ),
         (lambda: TemperatureSpectrum([0.0]), ValueError, "temperatures must be positive"),
         (lambda: TemperatureSpectrum([1.0], [1.0, 2.0]), ValueError, "temperature_weights"),
         (lambda: TemperatureSpectrum([1.0], [-1.0]), ValueError, "temperature_weights"),

@@ -159,6 +159,17 @@ def test_plans_cover_the_problem(n: int, c: int, k: int, per_row: bool, given: b
         assert made.slots * made.large >= n
 
 
+def test_tables_are_kept_but_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that change at every step make one each."""
+    monkeypatch.setattr(plan, "_tables", {})
+    monkeypatch.setattr(plan, "MOST_TABLES", 3)
+    device = torch.device("cpu")
+    made = [plan.table(plan.temperatures((2.0, 0.5), (1.0, float(w))), device) for w in range(5)]
+    assert torch.equal(made[4], torch.tensor([[0.5, 2], [4, 1], [1, 0]], dtype=torch.float64))
+    assert list(plan._tables.values()) == made[2:]
+    assert plan.table(plan.temperatures((2.0, 0.5), (1.0, 3.0)), device) is made[3]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_traces_for_a_gpu_that_is_not_there(

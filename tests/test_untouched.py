@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from calls import OPTIONS, fused, regime, upstream_for
 from conftest import Place
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import cmim_kernels as ck
 from cmim_kernels.backends import cpu
@@ -123,6 +125,26 @@ class TestTheGradientHasOneOwner:
             (factor * ck.fused_cmi_loss(leaf, target, backend="cpu")).backward()
             assert leaf.grad is not None
             assert leaf.grad.data_ptr() == written[-1]
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_checkpointing_drops_what_is_kept(self, place: Place, reduction: Any) -> None:
+        """The gradient is among what hooks on saved tensors see."""
+        logits, target = regime("random").make(device=place.device)
+        leaf = logits.clone().requires_grad_()
+
+        def loss(z: Tensor) -> Tensor:
+            return ck.fused_cmi_loss(2 * z, target, reduction=reduction, backend=place.name)
+
+        packed: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+            hooked = loss(leaf)
+        assert getattr(hooked.grad_fn, "gradient", None) is None
+        checkpointed = checkpoint(loss, leaf, use_reentrant=False)
+        results = [torch.autograd.grad(value.sum(), leaf)[0] for value in (loss(leaf), hooked, checkpointed)]
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-9)
+        if place.name == "cpu" and reduction == "mean":
+            assert sum(t.shape == logits.shape for t in packed) == 2  # the logits and the gradient
 
     def test_accumulation(self, place: Place) -> None:
         """`.grad += ` in place, on memory that once was the saved gradient."""

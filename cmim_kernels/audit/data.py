@@ -17,6 +17,9 @@ QueryFunction = Callable[[Tensor], Tensor]
 LABELS_ONLY = "labels only"
 """The name, in a report, of the teacher that knows nothing but the labels; no teacher may have it."""
 
+# What numpy and torch raise for a file they cannot read, or with entries that are no numbers
+_UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, TypeError, ValueError, KeyError)
+
 _TENSORS = ("inputs", "labels", "test_inputs", "test_labels")
 
 
@@ -29,12 +32,13 @@ class AuditData:
     paired by split.
 
     Args:
-        inputs: (N, ...) or (S, N, ...), floating point: the attacker's inputs.
+        inputs: (N, ...) or (S, N, ...), float32: the attacker's inputs.
         labels: (N,) or (S, N), int64 in [0, C): their labels.
         teachers: name -> logits, (N, C) or (S, N, C), floating point and finite.
-        test_inputs: (M, ...) or (S, M, ...).
+        test_inputs: (M, ...) or (S, M, ...), float32.
         test_labels: (M,) or (S, M).
-        extra_inputs: (E, ...) or (S, E, ...): unlabelled inputs for the attacks of the `leakage` threat.
+        extra_inputs: (E, ...) or (S, E, ...), float32: unlabelled inputs for the attacks of the
+            `leakage` threat.
         extra_logits: the teachers' answers on them, named as `teachers`.
         queries: teacher name -> function that answers mixtures of the inputs, `(N, ...) -> (N, C)`, or
             `(S, N, ...) -> (S, N, C)` where there is one data set per seed.
@@ -62,8 +66,8 @@ class AuditData:
                 raise TypeError(f"{name} must be int64, got {getattr(self, name).dtype}")
         for name in ("inputs", "test_inputs", "extra_inputs"):
             value = getattr(self, name)
-            if value is not None and not value.is_floating_point():
-                raise TypeError(f"{name} must be floating point, got {value.dtype}")
+            if value is not None and value.dtype != torch.float32:
+                raise TypeError(f"{name} must be float32, as the students' parameters, got {value.dtype}")
             if value is not None and not bool(value.isfinite().all()):
                 raise ValueError(f"{name} must be finite, got NaN or infinity")
         if self.labels.dim() not in (1, 2) or self.labels.numel() == 0:
@@ -195,7 +199,10 @@ def load_audit_data(path: str | Path) -> AuditData:
     for key, value in entries.items():
         field, _, teacher = {"teacher_logits": "teachers"}.get(key, key).partition(".")
         if field in ("teachers", "extra_logits"):
-            fields.setdefault(field, {})[teacher or "teacher"] = value
+            named = fields.setdefault(field, {})
+            if (teacher or "teacher") in named:
+                raise ValueError(f"{path} holds {field} of {teacher or 'teacher'!r} twice, once as {key!r}")
+            named[teacher or "teacher"] = value
         elif key in (*_TENSORS, "extra_inputs"):
             fields[key] = value
         else:
@@ -220,7 +227,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             with np.load(path, allow_pickle=False) as file:
                 return {key: torch.from_numpy(file[key]) for key in file.files}
         entries = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(entries, dict) or not all(isinstance(value, Tensor) for value in entries.values()):
         raise ValueError(f"{path} must hold a dictionary of tensors")
@@ -234,6 +241,9 @@ def _check_teachers(teachers: object) -> None:
         raise ValueError("teachers must name at least one teacher")
     if LABELS_ONLY in teachers:
         raise ValueError(f"no teacher may be named {LABELS_ONLY!r}: the audit makes one itself")
+    for name in teachers:
+        if not isinstance(name, str) or not name.strip() or "|" in name or "\n" in name:
+            raise ValueError(f"teachers must have names of one line without '|', got {name!r}")
     if any(value.dim() < 2 for value in teachers.values()):
         raise ValueError("a teacher's logits must have shape (N, C) or (S, N, C)")
 
@@ -262,6 +272,8 @@ def _check_logits(name: str, value: object, shape: tuple[int, ...]) -> None:
         raise TypeError(
             f"{name} must be a floating point tensor, got {getattr(value, 'dtype', type(value).__name__)}"
         )
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require grad; pass {name}.detach()")
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
     bad = int((~value.isfinite()).sum())

@@ -11,6 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# Of an operator `loss` but for `save`, in the language of schemas; csrc/ops.cpp has it too
+ARGUMENTS = """Tensor logits, Tensor target, float[] inverse_temperatures, float[] temperature_weights,
+    Tensor? class_weight, Tensor? centroids, float ce_weight, float cmi_weight, float label_smoothing,
+    int ignore_index, int reduction"""
+
 
 class Backend(Protocol):
     """A backend module. Its functions get validated arguments: K temperatures, logits (N, C), target (N,)
@@ -20,8 +25,6 @@ class Backend(Protocol):
     logits, else float32. `reduction` is one of the numbers in `reference.py`. `saved` is the backend's own
     business: what `loss` returned with `save=True` comes back to `loss_backward`.
     """
-
-    NAME: str
 
     def unusable(self) -> str | None:
         """Why this backend cannot be used in this process at all; None if it can."""

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ..reference import MEAN, NONE, SPECTRUM, SUM
 
-NAME = "cpu"
-
 
 def _load() -> str | None:
     """Loads the compiled operators; returns the reason if that cannot be done."""
@@ -51,7 +49,7 @@ def refuses(logits: Tensor, temperatures: int) -> str | None:
 
 
 def keeps_gradient(logits: Tensor, reduction: int) -> bool:
-    """Where one number scales it."""
+    """True for mean and sum, whose upstream gradient is one number."""
     return reduction in (MEAN, SUM)
 
 
@@ -71,12 +69,16 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-# The operators' shapes and dtypes, for tracing. The CUDA library implements the same operators.
+# The operators' shapes and dtypes, for tracing. Other devices' libraries implement the same operators: their
+# modules by device type.
+_BY_DEVICE = {"cuda": "cuda"}
+
+
 def _fake_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     inverse_temperatures, reduction, save = args[1], args[9], args[10]
     k = len(inverse_temperatures)
     shape = {NONE: logits.shape[:1], SPECTRUM: (k,)}.get(reduction, ())
-    backend = import_module(f"{__package__}.{'cuda' if logits.is_cuda else 'cpu'}")
+    backend = import_module(f"{__package__}.{_BY_DEVICE.get(logits.device.type, 'cpu')}")
     saved_shape, saved_dtype = backend.saved_like(logits, k, reduction, save)
     saved = logits.new_empty(saved_shape, dtype=saved_dtype)
     return logits.new_empty(shape, dtype=compute_dtype(logits)), saved

@@ -19,8 +19,6 @@ from torch import Tensor
 from ..reference import MEAN, SUM
 from . import cpu
 
-NAME = "cuda"
-
 MAX_TEMPERATURES = 64
 _MAX_SIZE = (2**31 - 1) // 128  # of N and of C: kMaxSize in csrc/cuda/problem.h
 _CHUNK = 8  # temperatures that the kernels' statistics are padded to

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..reference import MEAN, NONE, SPECTRUM
+from . import ARGUMENTS
 from ._triton.launch import launcher
 from ._triton.plan import (
     MAX_CLASSES,
@@ -34,7 +35,6 @@ from ._triton.plan import (
     vector,
 )
 
-NAME = "triton"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -366,12 +366,9 @@ def _fake_class_centroids(
     return logits.new_empty((k, c, c), dtype=torch.float32), target.new_empty((c,))
 
 
-_ARGUMENTS = """Tensor logits, Tensor target, float[] inverse_temperatures, float[] temperature_weights,
-    Tensor? class_weight, Tensor? centroids, float ce_weight, float cmi_weight, float label_smoothing,
-    int ignore_index, int reduction"""
 _LIBRARY = torch.library.Library("cmim_kernels", "FRAGMENT")
-_LIBRARY.define(f"triton_loss({_ARGUMENTS}, bool save) -> (Tensor, Tensor)")
-_LIBRARY.define(f"triton_loss_backward(Tensor grad, Tensor saved, {_ARGUMENTS}) -> Tensor")
+_LIBRARY.define(f"triton_loss({ARGUMENTS}, bool save) -> (Tensor, Tensor)")
+_LIBRARY.define(f"triton_loss_backward(Tensor grad, Tensor saved, {ARGUMENTS}) -> Tensor")
 _LIBRARY.define(
     "triton_class_centroids(Tensor logits, Tensor target, float[] inverse_temperatures, int ignore_index) "
     "-> (Tensor, Tensor)"

@@ -1,5 +1,5 @@
 // The operators of csrc/ops.cpp for CUDA tensors, on PyTorch's stable ABI. What is valid is decided in
-// cmim_kernels/functional.py; here only what memory safety needs is checked again.
+// cmim_kernels/validate.py; here only what memory safety needs is checked again.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -63,8 +63,10 @@ unsigned* ticket(const DeviceLimits& device, cudaStream_t stream, unsigned* own)
   unsigned* table = nullptr;
   {
     const std::lock_guard<std::mutex> lock(mutex());
-    const auto known = tables.find(device.index);
-    table = known != tables.end() ? known->second : (tables[device.index] = ticket_table());
+    unsigned*& known = tables[device.index];
+    if (!known) known = ticket_table();
+    if (!known) fail(cudaGetLastError(), "finding the counters of the fused kernel");
+    table = known;
     if (capturing == cudaStreamCaptureStatusNone) {
       unsigned long long id = 0;
       check(cudaStreamGetId(stream, &id), "identifying the stream");

@@ -45,6 +45,9 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+_HOST = torch.device("cpu")
+
+
 class Temperatures(NamedTuple):
     """K temperatures in ascending order of a, as the kernels take them.
 
@@ -173,28 +176,36 @@ def vector(t: Tensor) -> int:
     return width
 
 
-# The table of a spectrum on a device, kept: making it is a copy from the host.
+# The tables of spectra on a device, kept: making one is a copy from the host. Where so many others have been
+# made since, no launch can be waiting any more to read the oldest. What a CUDA graph reads is kept for good.
+MOST_TABLES = 4096
 _tables: dict[tuple[Temperatures, torch.device], Tensor] = {}
-_sources: dict[Temperatures, Tensor] = {}
+_of_graphs: dict[tuple[Temperatures, torch.device], Tensor] = {}
 
 
 def table(t: Temperatures, device: torch.device) -> Tensor:
     """(3, padded K) float64 on the device: a, w and the caller's index of every temperature.
 
-    No wait for the device: the copy is from pinned memory, which is kept. A copy that a CUDA graph records is
-    done when the graph runs, so that its result must not be handed to anyone else.
+    No wait for the device: the copy is from pinned memory. One that a CUDA graph records is done when the graph
+    runs, from memory that has to be there then, and to memory that nobody else may read.
     """
-    known = _tables.get((t, device))
-    if known is not None:
-        return known
-    if t not in _sources:
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    made = _tables.get((t, device))
+    if made is not None:
+        if capturing:
+            _of_graphs[t, device] = made
+        return made
+    source = _of_graphs.get((t, _HOST)) if capturing else None
+    if source is None:
         fill: Sequence[Sequence[float]] = (t.a, t.w, t.order)
-        rows = torch.tensor(fill, dtype=torch.float64, device="cpu")
-        source = torch.zeros(3, t.padded, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
-        source[:, : len(t.a)] = rows
+        source = torch.zeros(3, t.padded, dtype=torch.float64, device=_HOST, pin_memory=device.type == "cuda")
+        source[:, : len(t.a)] = torch.tensor(fill, dtype=torch.float64, device=_HOST)
         source[0, len(t.a) :] = t.a[-1]
-        _sources[t] = source
-    made = _sources[t].to(device, non_blocking=True)
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        _tables[t, device] = made
+    made = source.to(device, non_blocking=True)
+    if capturing:
+        _of_graphs[t, _HOST] = source
+        return made
+    if len(_tables) == MOST_TABLES:
+        del _tables[next(iter(_tables))]
+    _tables[t, device] = made
     return made

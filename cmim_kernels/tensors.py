@@ -1,0 +1,31 @@
+"""Tensors whose numbers must not be asked for, and those whose dtype must not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_PLAIN = Tensor.__torch_dispatch__
+
+
+def without_data(tensor: Tensor) -> bool:
+    """Whether it is a tracer's, a transform's, or many at once as `is_grads_batched` makes of them."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor).__torch_dispatch__ is not _PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What a module's `_apply` is given, moving tensors between devices as it does, but casting none."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return moved
