@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -20,16 +20,11 @@ from .export import exportable_loss
 from .reference import reference_loss
 from .tensors import without_data
 
-
-class LossOptions(NamedTuple):
-    """The options of a loss that are not tensors, in the order in which the operators take them."""
-
-    ce_weight: float
-    cmi_weight: float
-    label_smoothing: float
-    ignore_index: int
-    reduction: int  # NONE, MEAN, SUM or SPECTRUM of reference.py
-
+# The options that are not tensors, as the operators take them: ce_weight, cmi_weight, label_smoothing,
+# ignore_index, reduction (a number of reference.py). A named tuple would take 1 % of a small call.
+LossOptions = tuple[float, float, float, int, int]
+IGNORE_INDEX: Final = 3
+REDUCTION: Final = 4
 
 # The gradient of these is kept in their own dtype: those that are not rounded at all, and bfloat16, which is
 # rounded where it is computed. The upstream gradient is nearly always a power of two (one, a loss scale, one
@@ -61,7 +56,7 @@ def differentiable_loss(
     value: Tensor
     if (
         logits.dtype in _KEPT_IN_THEIR_DTYPE
-        and backend.keeps_gradient(logits, options.reduction)
+        and backend.keeps_gradient(logits, options[REDUCTION])
         and not torch.compiler.is_compiling()
         # Somebody cares for what is saved, such as activation checkpointing, which means to drop it.
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None

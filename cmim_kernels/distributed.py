@@ -112,6 +112,6 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         raise RuntimeError(
-            "process_group: the gradient cannot be differentiated again, since it depends on the other ranks' "
-            "rows, which are constants here"
+            "process_group: the gradient cannot be differentiated again, since it depends on the other "
+            "ranks' rows, which are constants here"
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import reference
-from .autograd import LossOptions, differentiable_loss, needs_reference
+from .autograd import IGNORE_INDEX, LossOptions, differentiable_loss, needs_reference
 from .backends import Backend
 from .dispatch import pick
 from .distributed import gather_batch
@@ -105,7 +105,7 @@ def fused_cmi_loss(
     if process_group is not None:
         if reduction == "none":
             raise ValueError("reduction must be 'mean' or 'sum' with a process_group, got 'none'")
-        logits, target = gather_batch(logits, target, options.ignore_index, process_group)
+        logits, target = gather_batch(logits, target, options[IGNORE_INDEX], process_group)
     return _evaluate(
         pick(backend, logits, len(spectrum.weights)),
         logits,
@@ -142,7 +142,7 @@ def cmi_spectrum(
     if process_group is not None:
         logits, target = gather_batch(logits, target, ignore_index, process_group)
     a, w = spectrum.inverse_temperatures, spectrum.weights
-    options = LossOptions(0.0, 1.0, 0.0, ignore_index, reference.SPECTRUM)
+    options = (0.0, 1.0, 0.0, ignore_index, reference.SPECTRUM)
     return _evaluate(pick(backend, logits, len(a)), logits, target, a, w, None, centroids, options)
 
 
@@ -192,7 +192,7 @@ def _evaluate(
 ) -> Tensor:
     if backend is None or needs_reference():
         backend = None
-        logits, target = valid_labels(logits, target, options.ignore_index)
+        logits, target = valid_labels(logits, target, options[IGNORE_INDEX])
     try:
         return differentiable_loss(backend, logits, target, a, w, class_weight, centroids, options)
     except RuntimeError as error:

@@ -69,10 +69,7 @@ class CMIMLoss(nn.Module):
         options = checked_options(ce_weight, cmi_weight, label_smoothing, ignore_index, reduction)
         check_backend(backend)
         self.spectrum = as_spectrum(temperatures, temperature_weights)
-        self.ce_weight = options.ce_weight
-        self.cmi_weight = options.cmi_weight
-        self.label_smoothing = options.label_smoothing
-        self.ignore_index = options.ignore_index
+        self.ce_weight, self.cmi_weight, self.label_smoothing, self.ignore_index, _ = options
         self.reduction: Reduction = reduction
         self._group = GroupHolder(process_group)
         self.backend = backend

@@ -92,7 +92,7 @@ def checked_options(
         raise ValueError(f"reduction must be one of {list(_REDUCTIONS)}, got {reduction!r}")
     if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
         ignore_index = checked_ignore_index(ignore_index)
-    return LossOptions(ce_weight, cmi_weight, label_smoothing, ignore_index, _REDUCTIONS[reduction])
+    return ce_weight, cmi_weight, label_smoothing, ignore_index, _REDUCTIONS[reduction]
 
 
 def checked_number(name: str, value: Any, most: float = math.inf) -> float:

@@ -1,6 +1,6 @@
 """The CUDA library compiled as setup.py does it, with the compiler's report of what every kernel takes.
 
-`python -m tests.cuda_compile` prints the table of docs/performance_gpu.md.
+`python -m tests.cuda_compile` prints the table of docs/performance_cuda.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ENTRY = re.compile(
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
     r".*Used (?P<registers>\d+) registers"
 )
-_STORAGES = {"f": "float32", "d": "float64", "NS0_6NarrowE": "bfloat16, float16"}
+_STORAGES = {"f": "float32", "d": "float64", "NS0_6Half16E": "bfloat16, float16"}
 
 
 def kernels() -> list[str]:
@@ -50,7 +50,7 @@ def usages(report: str) -> list[Usage]:
     for entry in _ENTRY.finditer(report):
         kernel = next(k for k in kernels() if f"{len(k)}{k}I" in entry["name"])
         arguments = entry["name"].split(f"{len(kernel)}{kernel}I")[1]
-        kind = re.match(r"NS0_4KindI(NS0_6NarrowE|f|d)[fd]Li(\d)ELb([01])EEE(Lb1E)?", arguments)
+        kind = re.match(r"NS0_4KindI(NS0_6Half16E|f|d)[fd]Li(\d)ELb([01])EEE(Lb1E)?", arguments)
         again = kind is not None and kind[4] is not None
         found.append(
             Usage(

@@ -91,7 +91,7 @@ def test_what_is_not_finite_must_be_the_same() -> None:
     truth = torch.tensor([1.0, torch.inf, torch.nan], dtype=torch.float64)
     base = torch.tensor([1.0, torch.nan, 0.0])
     assert_within_budget(truth.float(), truth, base)
-    for wrong in ([1.0, torch.inf, 0.0], [1.0, -torch.inf, torch.nan], [1.0, 3.0, torch.nan]):
+    for wrong in ([1.0, torch.inf, 0.5], [1.0, -torch.inf, torch.nan], [1.0, 3.0, torch.nan]):
         with pytest.raises(AssertionError):
             assert_within_budget(torch.tensor(wrong), truth, base)
 

@@ -34,7 +34,7 @@ class TestCompiled:
         assert found == wanted
 
     def test_nothing_spills(self) -> None:
-        """Except in the fused kernel of float arithmetic, which has two ways: docs/performance_gpu.md."""
+        """Except in the fused kernel of float arithmetic, which has two ways: docs/performance_cuda.md."""
         found = [u for u in cuda_compile.compiled() if u.spills or u.stack]
         assert [u for u in found if u.kernel != "fused_forward" or u.storage == "float64"] == []
         assert [u for u in found if u.spills > 400 or u.stack > 80] == []

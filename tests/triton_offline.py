@@ -3,7 +3,7 @@
     launches = CASES["256x1000"].launches()        # in a process that does not interpret
     usage = used(compiled(launches[0], cuda(90)))   # registers, spills, shared memory on sm_90
 
-`python tests/triton_offline.py` prints the table of docs/performance_gpu.md.
+`python tests/triton_offline.py` prints the table of docs/performance_triton.md.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ struct Reduced {
 // exp(x) of x <= 0 to within 1 ulp; 0 below the smallest normal number. Not for NaN, which becomes 0.
 //
 // The hardware's ex2.approx errs by up to 2 ulp (CUDA C++ Programming Guide, exp2f), which the eighth power
-// of it would turn into 16: too much for the bound on the CMI of each temperature. docs/performance_gpu.md
+// of it would turn into 16: too much for the bound on the CMI of each temperature. docs/performance_cuda.md
 // counts what the polynomial costs.
 CMIM_HD float exp_nonpositive(float x) {
   const Reduced r(x > -88.0f ? x : -88.0f);

@@ -11,11 +11,11 @@
 namespace cmim::cpu {
 namespace {
 
-// Of the largest to the smallest inverse temperature, up to which float's exponentials are right where those
-// of the smallest have just vanished.
+// How many times the smallest inverse temperature the largest may be for float's exponentials to be right
+// where those of the smallest have just vanished.
 constexpr double kSpan = 1e8;
 
-// Of every temperature, uncentred: in float if that resolves the cluster, else in double.
+// All temperatures of a cluster, uncentred: in float if that resolves them, else in double.
 void uncentred(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
   const bool in_float = job.storage != Storage::f64 && job.a[job.temperatures - 1] <= kSpan * job.a[0] &&
                         !has_own_upstreams(job);
@@ -23,7 +23,7 @@ void uncentred(const Job& job, const Cluster& cl, const Team& team, Workspace& w
   CMIM_VARIANT::uncentred_in_double(job, cl, team, ws);
 }
 
-// Of all temperatures, centred. Returns 0, or how far |d| reaches where that is too far.
+// All temperatures of a cluster, centred. Returns 0, or how far |d| reaches where that is too far.
 float centred(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
   if (job.power0 > 0) return Narrow<Source::chain>(job, cl, team.run != nullptr, ws).run(team);
   return Narrow<Source::direct>(job, cl, team.run != nullptr, ws).run(team);

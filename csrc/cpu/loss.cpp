@@ -34,6 +34,11 @@ void trim(Workspace& ws) {
     if (scratch->bytes > kKeptBytes) release(*scratch);
 }
 
+int64_t bytes_of(Storage storage) {
+  static constexpr int64_t kBytes[] = {4, 8, 2, 2};
+  return kBytes[int(storage)];
+}
+
 // One call: the request with its groups and normalisers, and the kernel's view of it.
 struct Plan {
   const Request& q;
@@ -195,8 +200,7 @@ void Plan::run() {
     pool.run(int64_t(workers), [](void* w, int64_t i) { (*static_cast<Worker*>(w))(i); }, &worker);
   }
   if (!job.grad) return;
-  static constexpr int64_t kBytes[] = {4, 8, 2, 2};
-  const size_t row_bytes = size_t(q.classes * kBytes[int(job.grad_storage)]);
+  const size_t row_bytes = size_t(q.classes * bytes_of(job.grad_storage));
   for (int64_t row : groups.ignored)
     std::memset(static_cast<char*>(job.grad) + size_t(row) * row_bytes, 0, row_bytes);
 }
@@ -270,7 +274,6 @@ void class_centroids(const Request& q, const Pool& pool, void* out, int64_t* cou
 void scale(const void* saved, Storage saved_storage, double grad, void* out, Storage out_storage,
            int64_t count, const Pool& pool) {
   static constexpr int64_t kBlock = 1 << 15;
-  static constexpr int64_t kBytes[] = {4, 8, 2, 2};
   struct Each {
     const char* saved;
     char* out;
@@ -280,8 +283,8 @@ void scale(const void* saved, Storage saved_storage, double grad, void* out, Sto
   } each{static_cast<const char*>(saved), static_cast<char*>(out), saved_storage, out_storage, grad, count};
   const auto block = [](void* arg, int64_t b) {
     const Each& e = *static_cast<Each*>(arg);
-    variant().scale(e.saved + b * kBlock * kBytes[int(e.saved_storage)], e.saved_storage, e.grad,
-                    e.out + b * kBlock * kBytes[int(e.out_storage)], e.out_storage,
+    variant().scale(e.saved + b * kBlock * bytes_of(e.saved_storage), e.saved_storage, e.grad,
+                    e.out + b * kBlock * bytes_of(e.out_storage), e.out_storage,
                     std::min(kBlock, e.count - b * kBlock));
   };
   const int64_t blocks = (count + kBlock - 1) / kBlock;

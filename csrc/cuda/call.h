@@ -116,8 +116,8 @@ void with_kind(const Call& call, const Choice& choice, F f) {
   if (call.storage == Storage::f32)
     return choice.chain ? f(Kind<float, float, kChainChunk, true>())
                         : f(Kind<float, float, kDirectChunk, false>());
-  return choice.chain ? f(Kind<Narrow, float, kChainChunk, true>())
-                      : f(Kind<Narrow, float, kDirectChunk, false>());
+  return choice.chain ? f(Kind<Half16, float, kChainChunk, true>())
+                      : f(Kind<Half16, float, kDirectChunk, false>());
 }
 
 }  // namespace cmim::cuda

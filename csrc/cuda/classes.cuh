@@ -7,7 +7,7 @@
 namespace cmim::cuda {
 
 // A temperature at which the class's mean KL (nats) is below this is done again in the centred form. The
-// plain form errs by some 1e-8 to 1e-7; docs/performance_gpu.md measures both sides of the seam.
+// plain form errs by some 1e-8 to 1e-7; docs/performance_cuda.md measures both sides of the seam.
 template <class A>
 constexpr A kCollapsed = sizeof(A) == 4 ? A(3e-2) : A(1e-9);
 

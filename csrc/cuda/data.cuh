@@ -38,7 +38,7 @@ __device__ inline float widen(float x, Storage) {
 __device__ inline double widen(double x, Storage) {
   return x;
 }
-__device__ inline float widen(Narrow x, Storage s) {
+__device__ inline float widen(Half16 x, Storage s) {
   return s == Storage::bf16 ? bf16_to_float(x.bits) : f16_to_float(x.bits);
 }
 __device__ inline void narrow(float x, Storage, float& to) {
@@ -47,7 +47,7 @@ __device__ inline void narrow(float x, Storage, float& to) {
 __device__ inline void narrow(double x, Storage, double& to) {
   to = x;
 }
-__device__ inline void narrow(float x, Storage s, Narrow& to) {
+__device__ inline void narrow(float x, Storage s, Half16& to) {
   to.bits = s == Storage::bf16 ? float_to_bf16(x) : float_to_f16(x);
 }
 
@@ -62,7 +62,7 @@ __device__ inline void widen(const Vector<S>& v, Storage, A (&z)[kVector]) {
 #pragma unroll
   for (int u = 0; u < kVector; ++u) z[u] = v.at[u];
 }
-__device__ inline void widen(const Vector<Narrow>& v, Storage s, float (&z)[kVector]) {
+__device__ inline void widen(const Vector<Half16>& v, Storage s, float (&z)[kVector]) {
   if (s == Storage::bf16) {
 #pragma unroll
     for (int u = 0; u < kVector; ++u) z[u] = bf16_to_float(v.at[u].bits);

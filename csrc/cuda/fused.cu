@@ -8,6 +8,7 @@
 #include "classes.cuh"
 #include "gradient.cuh"
 #include "group.cuh"
+#include "host.h"
 #include "launch.h"
 #include "onchip.cuh"
 
@@ -20,10 +21,11 @@ __device__ bool is_cluster(const Block<T>& b) {
   return b.q.has_cmi && (b.count > 1 || (b.count == 1 && counts_alone(b.q)));
 }
 
-// Which part of which slot's cluster this block is. Asked again, too. Of kernels for powers there is one.
+// Which part of which slot's class this block takes, also asked again rather than kept. Kernels for powers
+// have one part to a class.
 template <class T>
 __device__ int parts(const Forward<typename T::A>& f) {
-  return T::kChain ? 1 : 1 << f.cluster;
+  return T::kChain ? 1 : 1 << f.log2_parts;
 }
 template <class T>
 __device__ int my_part(const Forward<typename T::A>& f) {
@@ -31,7 +33,7 @@ __device__ int my_part(const Forward<typename T::A>& f) {
 }
 template <class T>
 __device__ int my_slot(const Forward<typename T::A>& f) {
-  return T::kChain ? opaque(int(blockIdx.x)) : opaque(int(blockIdx.x)) >> f.cluster;
+  return T::kChain ? opaque(int(blockIdx.x)) : opaque(int(blockIdx.x)) >> f.log2_parts;
 }
 
 // For what all parts have written before. In one block a barrier of its own is enough.
@@ -336,7 +338,7 @@ __device__ unsigned tickets[kTickets];
 
 unsigned* ticket_table() {
   void* table = nullptr;
-  if (cudaGetSymbolAddress(&table, tickets) != cudaSuccess) return nullptr;
+  check(cudaGetSymbolAddress(&table, tickets), "finding the counters of the fused kernel");
   return static_cast<unsigned*>(table);
 }
 

@@ -63,10 +63,8 @@ unsigned* ticket(const DeviceLimits& device, cudaStream_t stream, unsigned* own)
   unsigned* table = nullptr;
   {
     const std::lock_guard<std::mutex> lock(mutex());
-    unsigned*& known = tables[device.index];
-    if (!known) known = ticket_table();
-    if (!known) fail(cudaGetLastError(), "finding the counters of the fused kernel");
-    table = known;
+    const auto known = tables.find(device.index);
+    table = known != tables.end() ? known->second : (tables[device.index] = ticket_table());
     if (capturing == cudaStreamCaptureStatusNone) {
       unsigned long long id = 0;
       check(cudaStreamGetId(stream, &id), "identifying the stream");

@@ -238,7 +238,7 @@ void launch_fused(ForwardLaunch<A>& p, const Backward<A>& w, const Plan& plan, c
   const int blocks = slots(call) * plan.parts;
   Forward<A>& f = p.forward;
   p.backward = w;
-  while (1 << f.cluster < plan.parts) ++f.cluster;
+  while (1 << f.log2_parts < plan.parts) ++f.log2_parts;
   f.width = int(((call.classes + plan.parts - 1) / plan.parts + unit - 1) / unit * unit);
   f.ticket = ticket(device, stream, f.ticket);
   f.chip_bytes = device.room_for_rows(block_bytes<A>(p), blocks);

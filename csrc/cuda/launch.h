@@ -29,9 +29,9 @@ using Kernel = void (*)(P);
 // Every kind of kernel there is: storage, arithmetic, temperatures at a time, one exponential for all of them
 #define CMIM_FOR_EACH_KIND(X)           \
   X(float, float, kChainChunk, true)    \
-  X(Narrow, float, kChainChunk, true)   \
+  X(Half16, float, kChainChunk, true)   \
   X(float, float, kDirectChunk, false)  \
-  X(Narrow, float, kDirectChunk, false) \
+  X(Half16, float, kDirectChunk, false) \
   X(double, double, kDirectChunk, false)
 
 template <class T>

@@ -127,8 +127,8 @@ struct Forward {
 
   bool saves;  // Saved is for someone to read; else a kernel may leave it unwritten
 
-  // The fused kernel alone: 1 << cluster blocks share a class's columns out, `width` of them each
-  int cluster, width;
+  // The fused kernel alone: 1 << log2_parts blocks share a class's columns out, `width` of them each
+  int log2_parts, width;
   A* scanned;  // (parts, N, kScanned) what each part finds in a row, see scan_rows()
 
   // The tiled kernels alone:
@@ -162,7 +162,7 @@ struct Backward {
 };
 
 // bfloat16 or float16; which of them is in Problem::storage
-struct Narrow {
+struct Half16 {
   uint16_t bits;
 };
 

@@ -14,5 +14,5 @@
     centroids    the centroids themselves, as a result
 
 Every program works on a block of three dimensions, temperatures x rows x columns, the first two in the
-registers of a thread and the columns across the threads. Docs: docs/performance_gpu.md.
+registers of a thread and the columns across the threads. Docs: docs/performance_triton.md.
 """
