@@ -50,6 +50,8 @@ def differentiable_loss(
     """The value of `torch.ops.cmim_kernels.loss`, differentiable in the logits; None is the reference."""
     if backend is None:
         return reference_loss(logits, target, a, w, class_weight, centroids, *options)
+    if torch.compiler.is_exporting():  # whether or not this is the example that needs a gradient
+        return exportable_loss(backend, logits, target, a, w, class_weight, centroids, options)
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return backend.loss(logits, target, a, w, class_weight, centroids, *options, False)[0]
     call = (backend, a, w, options)
@@ -62,8 +64,6 @@ def differentiable_loss(
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     ):
         value = _apply_owned(logits, (target, class_weight, centroids, call))
-    elif torch.compiler.is_exporting():
-        value = exportable_loss(backend, logits, target, a, w, class_weight, centroids, options)
     else:
         value = _SavedLoss.apply(logits, target, class_weight, centroids, call)
     return value

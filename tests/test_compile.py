@@ -143,6 +143,19 @@ def test_exported_programs_can_be_trained(place: Place, reduction: Any, strict: 
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_a_program_exported_for_inference_still_has_a_gradient(place: Place) -> None:
+    logits, target = regime("random").make(device=place.device)
+    loss = ck.CMIMLoss(backend=place.name)
+    with torch.no_grad():
+        program = torch.export.export(loss, (logits, target)).module()
+    gradients = []
+    for function in (loss, program):
+        leaf = logits.clone().requires_grad_()
+        function(leaf, target).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
 def test_an_exported_program_is_differentiated_twice(place: Place) -> None:
     x, target = torch.randn(9, 10, device=place.device), torch.arange(9, device=place.device) % 4
     eager = Network(place)
