@@ -231,8 +231,8 @@ class CentroidBank(nn.Module):
         return self
 
     def _find_out_whether_complete(self) -> None:
-        if not (self.counts.is_meta or without_data(self.counts)):
-            self._complete = bool((self.counts > 0).all())
+        unseen = self.counts.is_meta or without_data(self.counts)
+        self._complete = not unseen and bool((self.counts > 0).all())
 
     def extra_repr(self) -> str:
         """Shown in `print(module)`."""

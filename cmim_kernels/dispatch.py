@@ -81,6 +81,8 @@ def _find_usable(device: str) -> tuple[str, ...]:
     known = _usable_on.get(device)
     if known is not None:
         return known
+    if torch._C._are_functorch_transforms_active():
+        return ()  # nothing can be checked inside of one, and nothing has to be: it is the reference's
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "backend 'auto' holds a backend against the reference on its first use, which cannot be done "
@@ -108,9 +110,10 @@ def _warn_of_reference(what: str, why: str) -> None:
 
 
 def _frames_to_the_caller() -> int:
-    """As `stacklevel`: how far up the first function is that is not of this package."""
+    """As `stacklevel`: how far up the first function is that is not of this package or a module's call."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
+    passed_by = (f"{__package__}.", "torch.nn.modules.")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(passed_by):
         frame, level = frame.f_back, level + 1
     return level
 

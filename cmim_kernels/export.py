@@ -1,7 +1,8 @@
 """The loss as one operator that brings its gradient along: what a program made by `torch.export` holds.
 
 `torch.export` traces through autograd Functions: what is left of ours would be a backend's operators, which
-know of no gradient.
+know of no gradient. A program does not know whether it will be asked for one, and computes what it takes;
+where it runs, `cmim_kernels` has to be imported.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 
 def _module(name: str) -> Any:
-    return import_module(f"{__package__}.backends.{name}")
+    """The backend that the program was exported with; where it cannot be used, RuntimeError says why."""
+    module = import_module(f"{__package__}.backends.{name}")
+    reason = module.unusable()
+    if reason is not None and not torch.compiler.is_compiling():
+        raise RuntimeError(f"the program was exported with backend {name!r}, which cannot be used: {reason}")
+    return module
 
 
 _LIBRARY = torch.library.Library("cmim_kernels", "FRAGMENT")

@@ -281,8 +281,10 @@ def evaluate_concentration(
                 )
             metric.update(logits, target.to(device))
     finally:
-        for module, was_training in modes:
-            module.training = was_training
+        # From the outside in, each by its own method, which may do more: take adapters apart again, say.
+        for module, mode in modes:
+            if module.training != mode:
+                module.train(mode)
     if metric is None:
         raise ValueError("loader must yield at least one batch")
     if group is not None:

@@ -43,7 +43,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        labels = torch.as_tensor(labels)
+        labels = torch.as_tensor(labels, device="cpu")
         if labels.dim() != 1 or labels.numel() == 0:
             raise ValueError(
                 f"labels must be of shape (rows,) with at least one row, got {tuple(labels.shape)}"

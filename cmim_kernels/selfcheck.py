@@ -7,7 +7,7 @@ waits for the device. `python -m cmim_kernels --check` runs it for every backend
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,15 +56,17 @@ def mismatch(backend: Backend, device: str) -> str | None:
 
 
 def _compare(backend: Backend, device: str, batch: _Batch) -> str | None:
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randint(batch.present, (batch.rows,), generator=generator)
-    centres = 2 * torch.randn(batch.present, batch.logits, generator=generator)
-    noise = torch.randn(batch.rows, batch.logits, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    # whatever the caller's defaults are
+    plain: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    target = torch.randint(batch.present, (batch.rows,), generator=generator, device="cpu")
+    centres = 2 * torch.randn(batch.present, batch.logits, **plain)
+    noise = torch.randn(batch.rows, batch.logits, **plain)
     logits = (centres[target] + batch.spread * noise).to(batch.dtype)
     target[::7] = -100
     k = len(batch.a)
     values = {NONE: (batch.rows,), SPECTRUM: (k,)}.get(batch.reduction, ())
-    upstream = 0.5 + torch.rand(values, generator=generator)
+    upstream = 0.5 + torch.rand(values, **plain)
     ce_weight = 0.0 if batch.reduction == SPECTRUM else 1.0
     rest = (batch.a, (1 / k,) * k, None, None, ce_weight, 1.0, 0.0, -100, batch.reduction)
 

@@ -225,6 +225,27 @@ def test_evaluating_a_model() -> None:
         evaluate_concentration(model, [])
 
 
+def test_modes_are_restored_by_the_modules_own_methods() -> None:
+    class Adapter(nn.Identity):
+        """Merged while it is not trained, as low-rank adapters are."""
+
+        merged = False
+
+        def train(self, mode: bool = True) -> Adapter:
+            super().train(mode)
+            self.merged = not mode
+            return self
+
+    logits, target = rows()
+    model = nn.Sequential(Adapter(), nn.Sequential(Adapter(), nn.Identity()), Adapter())
+    model[1].eval()
+    model[1][0].train()
+    model[2].eval()
+    before = [(module.training, getattr(module, "merged", None)) for module in model.modules()]
+    evaluate_concentration(model, [(logits, target)], temperatures=SPECTRUM)
+    assert [(module.training, getattr(module, "merged", None)) for module in model.modules()] == before
+
+
 def test_plot(tmp_path: Path) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure()
     found = stream(*rows(), 10)

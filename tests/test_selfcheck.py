@@ -103,6 +103,29 @@ def test_a_call_that_auto_leaves_to_the_reference_says_so_once(monkeypatch: pyte
     assert said[0].filename == __file__  # the caller's line
 
 
+@pytest.mark.parametrize("inside", ["vmap", "float64", "meta"])
+def test_the_callers_defaults_and_transforms_do_not_matter(
+    inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_CHECKED_FIRST", ("cpu",))
+    monkeypatch.setattr(dispatch, "_usable_on", {})
+    logits, target = torch.randn(2, 4, 3), torch.zeros(4, dtype=torch.int64)
+    expected = ck.fused_cmi_loss(logits[0], target, backend="cpu")
+    monkeypatch.setattr(dispatch, "_usable_on", {})
+    if inside == "vmap":
+        found = torch.vmap(lambda z: ck.fused_cmi_loss(z, target))(logits)[0]
+    else:
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.float64)
+            with torch.device("cpu" if inside == "float64" else "meta"):
+                found = ck.fused_cmi_loss(logits[0], target)
+        finally:
+            torch.set_default_dtype(before)
+    torch.testing.assert_close(found, expected)
+    assert dispatch.pick("auto", logits[0], 8) is cpu
+
+
 def test_auto_does_not_choose_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference, taken in passing, would be in the graph for good."""
     monkeypatch.setattr(dispatch, "_usable_on", {})

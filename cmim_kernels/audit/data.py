@@ -242,8 +242,14 @@ def _check_teachers(teachers: object) -> None:
     if LABELS_ONLY in teachers:
         raise ValueError(f"no teacher may be named {LABELS_ONLY!r}: the audit makes one itself")
     for name in teachers:
-        if not isinstance(name, str) or not name.strip() or "|" in name or "\n" in name:
-            raise ValueError(f"teachers must have names of one line without '|', got {name!r}")
+        if (
+            not isinstance(name, str)
+            or name != name.strip()
+            or not name.isprintable()
+            or not name
+            or "|" in name
+        ):
+            raise ValueError(f"teachers must have printable names without '|' and outer spaces, got {name!r}")
     if any(value.dim() < 2 for value in teachers.values()):
         raise ValueError("a teacher's logits must have shape (N, C) or (S, N, C)")
 

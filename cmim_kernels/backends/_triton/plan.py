@@ -205,7 +205,7 @@ def table(t: Temperatures, device: torch.device) -> Tensor:
     if capturing:
         _of_graphs[t, _HOST] = source
         return made
-    if len(_tables) == MOST_TABLES:
+    if len(_tables) >= MOST_TABLES:
         del _tables[next(iter(_tables))]
     _tables[t, device] = made
     return made
