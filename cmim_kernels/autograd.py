@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from .backends import Backend
 from .export import exportable_loss
-from .reference import reference_loss
+from .reference import reference_gradient, reference_loss
 from .tensors import without_data
 
 # The options that are not tensors, as the operators take them: ce_weight, cmi_weight, label_smoothing,
@@ -94,7 +94,7 @@ class _OwnedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.gradient = ctx.gradient, None
         if torch.is_grad_enabled() or needs_reference():
-            gradient = _reference_gradient(grad, *_arguments(ctx.saved_tensors, ctx.call))
+            gradient = reference_gradient(grad, *_arguments(ctx.saved_tensors, ctx.call))
         elif gradient is None or without_data(grad):  # given away before
             gradient = _computed_gradient(ctx, grad, gradient)
         elif not grad.is_cpu or (scale := grad.item()) != 1.0:
@@ -139,7 +139,7 @@ class _SavedLoss(torch.autograd.Function):
         *inputs, saved = ctx.saved_tensors
         arguments = _arguments(inputs, ctx.call)
         if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or needs_reference()):
-            result = _reference_gradient(grad, *arguments)
+            result = reference_gradient(grad, *arguments)
         else:
             result = ctx.call[0].loss_backward(grad, saved, *arguments)
         return result, None, None, None, None
@@ -152,12 +152,3 @@ def _arguments(
     logits, target, class_weight, centroids = inputs
     _, a, w, options = call
     return [logits, target, a, w, class_weight, centroids, *options]
-
-
-def _reference_gradient(grad: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
-    """The gradient by autograd through the reference, differentiable itself if gradients are enabled."""
-    differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
-        value = reference_loss(logits, *arguments)
-        (result,) = torch.autograd.grad(value, logits, grad, create_graph=differentiable)
-    return result

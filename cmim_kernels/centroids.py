@@ -114,7 +114,7 @@ class CentroidBank(nn.Module):
             self.register_buffer("pending_counts", torch.zeros(num_classes, dtype=torch.int64))
         self._complete = False  # every class known to be seen: no fallback to prepare
 
-    process_group = GroupHolder.property()
+    process_group = GroupHolder.attribute()
 
     @torch.no_grad()
     def centroids_for(self, logits: Tensor, target: Tensor, inverse_temperatures: Sequence[float]) -> Tensor:
@@ -274,9 +274,7 @@ class CentroidBank(nn.Module):
 
     def _agree(self, state_dict: dict[str, Any], prefix: str, name: str, counts: str) -> bool:
         """Whether a state, completed by the own buffers, has centroids where it has counts."""
-        mean, count = (state_dict.get(f"{prefix}{key}", self._buffers[key]) for key in (name, counts))
-        assert mean is not None
-        assert count is not None
+        mean, count = (state_dict.get(f"{prefix}{key}", getattr(self, key)) for key in (name, counts))
         if mean.is_meta or count.is_meta:  # not loaded, so that there is nothing to agree
             return True
         mean, count = mean.cpu(), count.cpu()

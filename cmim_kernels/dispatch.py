@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -52,13 +52,13 @@ def pick(name: str, logits: Tensor, temperatures: int) -> Backend | None:
     """
     if name == "auto":
         device = "cpu" if logits.is_cpu else logits.device.type  # a device object costs as much as the rest
-        usable = _find_usable(device)
-        for candidate in usable:
-            backend = _modules[candidate]
-            if backend.refuses(logits, temperatures) is None:
-                return backend
-        if usable:
-            refusals = {name: _modules[name].refuses(logits, temperatures) for name in usable}
+        refusals = {}
+        for candidate in _find_usable(device):
+            reason = _modules[candidate].refuses(logits, temperatures)
+            if reason is None:
+                return _modules[candidate]
+            refusals[candidate] = reason
+        if refusals:
             _warn_of_reference("this call", _reasons(refusals))
         return None
     if name == REFERENCE:
@@ -81,8 +81,6 @@ def _find_usable(device: str) -> tuple[str, ...]:
     known = _usable_on.get(device)
     if known is not None:
         return known
-    if torch._C._are_functorch_transforms_active():
-        return ()  # nothing can be checked inside of one, and nothing has to be: it is the reference's
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "backend 'auto' holds a backend against the reference on its first use, which cannot be done "
@@ -96,7 +94,7 @@ def _find_usable(device: str) -> tuple[str, ...]:
     return usable
 
 
-def _reasons(reasons: dict[str, str | None]) -> str:
+def _reasons(reasons: Mapping[str, str | None]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 

@@ -76,7 +76,7 @@ class GroupHolder:
         return GroupHolder, (None,)
 
     @staticmethod
-    def property() -> Any:
+    def attribute() -> Any:
         """`process_group` of a module that has its holder in `_group`."""
 
         def read(module: Any) -> dist.ProcessGroup | None:

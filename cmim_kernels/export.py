@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends import ARGUMENTS, Backend
-from .reference import reference_loss
+from .reference import reference_gradient
 
 _NAME = "cmim_kernels::exportable_loss"
 
@@ -46,8 +46,7 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     a, w, options, name = ctx.constants
     arguments = (logits, target, a, w, class_weight, centroids, *options)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # somebody differentiates it again
-        value = reference_loss(*arguments)
-        (result,) = torch.autograd.grad(value, logits, grad, create_graph=True)
+        result = reference_gradient(grad, *arguments)
     else:
         result = _module(name).loss_backward(grad, saved, *arguments)
     return result, *(None,) * (len(arguments))
@@ -57,7 +56,7 @@ def _module(name: str) -> Any:
     """The backend that the program was exported with; where it cannot be used, RuntimeError says why."""
     module = import_module(f"{__package__}.backends.{name}")
     reason = module.unusable()
-    if reason is not None and not torch.compiler.is_compiling():
+    if reason is not None:
         raise RuntimeError(f"the program was exported with backend {name!r}, which cannot be used: {reason}")
     return module
 

@@ -86,7 +86,7 @@ class CMIMLoss(nn.Module):
             kind = "a class" if isinstance(centroids, type) else type(centroids).__name__
             raise TypeError(f"centroids must be a tensor or a CentroidBank, got {kind}")
 
-    process_group = GroupHolder.property()
+    process_group = GroupHolder.attribute()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CMIMLoss:
         # Centroids are of the dtype the loss is computed in: half() and the like leave them as they are.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import factorial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,15 @@ def reference_loss(
         term = {NONE: rows, MEAN: rows.sum() / kept.sum(), SUM: rows.sum()}[reduction]
         value = value + cmi_weight * term
     return value.to(out)
+
+
+def reference_gradient(grad: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
+    """The gradient of `reference_loss` by autograd, differentiable itself if gradients are enabled."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        value = reference_loss(logits, *arguments)
+        (result,) = torch.autograd.grad(value, logits, grad, create_graph=differentiable)
+    return result
 
 
 def divergences(

@@ -44,7 +44,10 @@ _BATCHES = (
 
 def mismatch(backend: Backend, device: str) -> str | None:
     """What a backend gets wrong on `device`, in words; None if everything is right."""
-    with torch.no_grad(), _disable_current_modes():
+    # Whatever the first call is made in: modes of the dispatcher, transforms of torch.func
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with torch.no_grad(), _disable_current_modes(), temporarily_clear_interpreter_stack():
         for batch in _BATCHES:
             try:
                 wrong = _compare(backend, device, batch)
