@@ -60,8 +60,10 @@ struct Centre : Rows<float> {
     const float base = float(job.base);
     for (int k = 0; k < K; ++k) sbar[k] = 0;
     if constexpr (kChain)
-      for (int64_t j = 0; j < Cp; j += W)
-        store(ebar + j, exp_nonpositive(at_least(base * (load<V>(center + j) - top), kVanishes<float>)));
+      by_several<float>(Cp, [&](auto several, int64_t j) CMIM_INLINE_LAMBDA {
+        const auto below = load_several<decltype(several)::value>(center + j) - top;
+        store_several(ebar + j, exp_nonpositive(at_least(below * base, kVanishes<float>)));
+      });
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       for (int64_t j0 = 0; j0 < Cp; j0 += kFlushVectors * W) {
@@ -74,11 +76,12 @@ struct Centre : Rows<float> {
     for (int k = 0; k < K; ++k) inv_sbar[k] = float(1 / sbar[k]);
     if (job.has_ce) {
       RowSum<float> sum;
-      for (int64_t j = 0; j < Cp; j += W) {
-        const V e = exp_nonpositive(at_least(load<V>(center + j) - top, kVanishes<float>));
-        store(one + j, e);
+      by_several<float>(Cp, [&](auto several, int64_t j) CMIM_INLINE_LAMBDA {
+        const auto below = load_several<decltype(several)::value>(center + j) - top;
+        const auto e = exp_nonpositive(at_least(below, kVanishes<float>));
+        store_several(one + j, e);
         sum.add(j, e);
-      }
+      });
       one_sum = sum.value();
     }
     for (int64_t j = 0; j < Cp; j += W)
@@ -112,12 +115,13 @@ struct Centre : Rows<float> {
     }
     const float constant = sum_lanes<float>(dot);
     V wide{};
-    for (int64_t j = 0; j < Cp; j += W) {
-      const V d = load<V>(x + j) - constant;
-      store(x + j, d);
-      if constexpr (kChain) store(v1 + j, expm1_small(base * d));
-      wide = vmax<float>(magnitude(d), wide);
-    }
+    by_several<float>(Cp, [&](auto several, int64_t j) CMIM_INLINE_LAMBDA {
+      constexpr int U = decltype(several)::value;
+      const auto d = load_several<U>(x + j) - constant;
+      store_several(x + j, d);
+      if constexpr (kChain) store_several(v1 + j, expm1_small(d * base));
+      for (int u = 0; u < U; ++u) wide = vmax<float>(magnitude(part(d, u)), wide);
+    });
     shift[i] = constant;
     const float most = max_lanes<float>(wide);
     // z - zbar was rounded in units of its own size: with large shifts between the rows nothing of d is left.
@@ -133,9 +137,17 @@ struct Centre : Rows<float> {
     if constexpr (kChain) {
       const V v1 = load<V>(E + i * Cp + j), e1 = v1 + 1.0f;
       v[0] = job.power0 + k0 == 1 ? v1 : expm1_small<kOrder>(a[k0] * d);
-      for (int k = 1; k < N; ++k) v[k] = v[k - 1] * e1 + v1;
+      if constexpr (kChains == 2 && N > 2) {
+        const V v2 = v1 * e1 + v1, e2 = v2 + 1.0f;
+        v[1] = v[0] * e1 + v1;
+        for (int k = 2; k < N; ++k) v[k] = v[k - 2] * e2 + v2;
+      } else {
+        for (int k = 1; k < N; ++k) v[k] = v[k - 1] * e1 + v1;
+      }
     } else {
-      for (int k = 0; k < N; ++k) v[k] = expm1_small<kOrder>(a[k0 + k] * d);
+      constexpr int U = kAtOnce<N>;
+      for (int k = 0; k < N; k += U)
+        put_parts<float>(v + k, expm1_small<kOrder>(d * splat_each<U>(a + k0 + k)));
     }
   }
 };

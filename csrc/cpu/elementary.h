@@ -6,7 +6,7 @@
 // temperatures are multiplied by there, and logarithms and t are in bits.
 #pragma once
 
-#include "simd.h"
+#include "several.h"
 
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
@@ -34,45 +34,53 @@ CMIM_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   return _mm512_maskz_scalef_ps(kAll, p, n);
 }
 #else
-CMIM_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+template <class V, OnlyOf<V, float> = 0>
+CMIM_INLINE V exp_nonpositive(const V& x) {
   const float magic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the mantissa
-  const Vec<float> shifted = x * 0x1.715476p0f + magic;
-  const Vec<float> n = shifted - magic;
-  Vec<float> r = x - n * 0x1.62e4p-1f;
+  const V shifted = x * 0x1.715476p0f + magic;
+  const V n = shifted - magic;
+  V r = x - n * 0x1.62e4p-1f;
   r = r - n * 0x1.7f7d1cp-20f;
-  Vec<float> p = r * 0x1.6db4e6p-10f + 0x1.123be0p-7f;
+  V p = r * 0x1.6db4e6p-10f + 0x1.123be0p-7f;
   p = p * r + 0x1.55545ep-5f;
   p = p * r + 0x1.55548ep-3f;
   p = p * r + 0.5f;
   p = p * (r * r) + r + 1.0f;
-  const Vec<float> y = bits<Vec<float>>(bits<Unsigned<float>>(p) + (bits<Unsigned<float>>(shifted) << 23));
-  return x < -87.0f ? Vec<float>{} : y;
+  return map<float>(
+      [](auto x, auto shifted, auto p) CMIM_INLINE_LAMBDA {
+        const auto y = bits<Vec<float>>(bits<Unsigned<float>>(p) + (bits<Unsigned<float>>(shifted) << 23));
+        return x < -87.0f ? Vec<float>{} : y;
+      },
+      x, shifted, p);
 }
 #endif
 // kTerms: of the Taylor series from the quadratic one on; 7 for a relative error of 3e-10
-template <int kTerms = 12>
-CMIM_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+template <int kTerms = 12, class V, OnlyOf<V, double> = 0>
+CMIM_INLINE V exp_nonpositive(const V& x) {
   const double magic = 0x1.8p52;
-  const Vec<double> shifted = x * 0x1.71547652b82fep0 + magic;
-  const Vec<double> n = shifted - magic;
-  Vec<double> r = x - n * 0x1.62e42fee00000p-1;
+  const V shifted = x * 0x1.71547652b82fep0 + magic;
+  const V n = shifted - magic;
+  V r = x - n * 0x1.62e42fee00000p-1;
   r = r - n * 0x1.a39ef35793c76p-33;
   constexpr double inverse_factorial[] = {1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,
                                           1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
                                           1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
-  Vec<double> p = splat(inverse_factorial[kTerms - 1]);
-  for (int m = kTerms - 2; m >= 0; --m) p = p * r + inverse_factorial[m];
+  V p = r * inverse_factorial[kTerms - 1] + inverse_factorial[kTerms - 2];
+  for (int m = kTerms - 3; m >= 0; --m) p = p * r + inverse_factorial[m];
   p = p * (r * r) + r + 1.0;
-  const Vec<double> y =
-      bits<Vec<double>>(bits<Unsigned<double>>(p) + (bits<Unsigned<double>>(shifted) << 52));
-  return x < -708.0 ? Vec<double>{} : y;
+  return map<double>(
+      [](auto x, auto shifted, auto p) CMIM_INLINE_LAMBDA {
+        const auto y = bits<Vec<double>>(bits<Unsigned<double>>(p) + (bits<Unsigned<double>>(shifted) << 52));
+        return x < -708.0 ? Vec<double>{} : y;
+      },
+      x, shifted, p);
 }
 
 template <class T>
 constexpr double kLog2 = sizeof(T) == 4 ? 1.4426950408889634 : 1.0;
 
-// exp(a x / kLog2<T>): in float, 2^(a x), which takes fewer instructions than exp of a product and does not
-// round it. The same domain.
+// exp(a x / kLog2<T>), for one a or several: in float, 2^(a x), which takes fewer instructions than exp of a
+// product and does not round it. The same domain.
 #if defined(__AVX512F__)
 alignas(64) constexpr float kRootsOfTwo[16] = {
     0x1p0f,         0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fep+0f,  0x1.3dea64p+0f,
@@ -93,22 +101,28 @@ CMIM_INLINE Vec<float> exp_scaled(Vec<float> x, float a) {
   return _mm512_maskz_scalef_ps(kAll, p * (root * f) + root, n);  // which rounds n down
 }
 #else
-CMIM_INLINE Vec<float> exp_scaled(Vec<float> x, float a) {
+template <class A>
+CMIM_INLINE auto exp_scaled(Vec<float> x, const A& a) {
   const float magic = 0x1.8p23f;
-  const Vec<float> shifted = x * a + magic;
-  const Vec<float> n = shifted - magic;
-  const Vec<float> f = x * a - n;
-  Vec<float> p = f * 0x1.416b5cp-13f + 0x1.5f0830p-10f;
+  const auto shifted = x * a + magic;
+  const auto n = shifted - magic;
+  const auto f = x * a - n;
+  auto p = f * 0x1.416b5cp-13f + 0x1.5f0830p-10f;
   p = p * f + 0x1.3b2de0p-7f;
   p = p * f + 0x1.c6af7cp-5f;
   p = p * f + 0x1.ebfbdcp-3f;
   p = p * f + 0x1.62e430p-1f;
   p = p * f + 1.0f;
-  const Vec<float> y = bits<Vec<float>>(bits<Unsigned<float>>(p) + (bits<Unsigned<float>>(shifted) << 23));
-  return n < -125.0f ? Vec<float>{} : y;
+  return map<float>(
+      [](auto shifted, auto n, auto p) CMIM_INLINE_LAMBDA {
+        const auto y = bits<Vec<float>>(bits<Unsigned<float>>(p) + (bits<Unsigned<float>>(shifted) << 23));
+        return n < -125.0f ? Vec<float>{} : y;
+      },
+      shifted, n, p);
 }
 #endif
-CMIM_INLINE Vec<double> exp_scaled(Vec<double> x, double a) {
+template <class A>
+CMIM_INLINE auto exp_scaled(Vec<double> x, const A& a) {
   return exp_nonpositive(a * x);
 }
 
@@ -178,42 +192,61 @@ CMIM_INLINE Vec<float> log_positive(Vec<float> x, float offset = 0) {
   return (e * 0x1.62e4p-1f + offset) + (e * 0x1.7f7d1cp-20f + rest);
 }
 #else
-template <bool kBits = false>
-CMIM_INLINE Vec<float> log_positive(Vec<float> x, float offset = 0) {
-  // x = 2^n (1 + f); the exponent stays where it is in a float's bits, 2^23 times as large
-  const Unsigned<float> ix = bits<Unsigned<float>>(x),
-                        exponent = (ix - 0x3f3504f3u) & 0xff800000u;  // 1/sqrt(2)
-  const Vec<float> f = bits<Vec<float>>(ix - exponent) - 1.0f;
-  const Vec<float> n = __builtin_convertvector(bits<Int<float>>(exponent), Vec<float>);
-  Vec<float> p = f * -0.076344457f + 0.127615749f;
+// of x = 2^n (1 + f), as it stands in a float's bits
+CMIM_INLINE Unsigned<float> exponent_of(Vec<float> x) {
+  return (bits<Unsigned<float>>(x) - 0x3f3504f3u) & 0xff800000u;  // 1/sqrt(2)
+}
+template <bool kBits = false, class V, OnlyOf<V, float> = 0, class B = float>
+CMIM_INLINE V log_positive(const V& x, const B& offset = 0) {
+  const V f = map<float>(
+      [](auto x)
+          CMIM_INLINE_LAMBDA { return bits<Vec<float>>(bits<Unsigned<float>>(x) - exponent_of(x)) - 1.0f; },
+      x);
+  const V n = map<float>(  // 2^23 times as large
+      [](auto x) CMIM_INLINE_LAMBDA {
+        return __builtin_convertvector(bits<Int<float>>(exponent_of(x)), Vec<float>);
+      },
+      x);
+  V p = f * -0.076344457f + 0.127615749f;
   p = p * f + -0.131602008f;
   p = p * f + 0.142017596f;
   p = p * f + -0.166233556f;
   p = p * f + 0.200012268f;
   p = p * f + -0.250008211f;
   p = p * f + 0.333333317f;
-  const Vec<float> f2 = f * f;
+  const V f2 = f * f;
   p = p * f - 0.5f;
-  const Vec<float> y = kBits ? (p * f2 + f) * float(kLog2<float>) + (n * 0x1p-23f + offset)
-                             : (p * f2 + n * 0x1.7f7d1cp-43f + f) + (n * 0x1.62e4p-24f + offset);
-  return y + 0.0f * x;  // carries a NaN through
+  const V y = kBits ? (p * f2 + f) * float(kLog2<float>) + (n * 0x1p-23f + offset)
+                    : (p * f2 + n * 0x1.7f7d1cp-43f + f) + (n * 0x1.62e4p-24f + offset);
+  return y + x * 0.0f;  // carries a NaN through
 }
 #endif
 // kTerms: of the series; 5 for an error of 2e-11
-template <bool kBits = false, int kTerms = 11>
-CMIM_INLINE Vec<double> log_positive(Vec<double> x, double offset = 0) {
+constexpr uint64_t kHalfRoot = 0x3fe6a09e667f3bcd;
+CMIM_INLINE Unsigned<double> bits_from_half_root(Vec<double> x) {
+  return bits<Unsigned<double>>(x) + (uint64_t(1023) << 52) - kHalfRoot;
+}
+template <bool kBits = false, int kTerms = 11, class V, OnlyOf<V, double> = 0, class B = double>
+CMIM_INLINE V log_positive(const V& x, const B& offset = 0) {
   static_assert(!kBits, "double computes in base e throughout");
-  const int64_t half_root = 0x3fe6a09e667f3bcd;
   // The exponent, 1023 more than it is and so never negative, as the low bits of 2^52: few processors convert
   // 64-bit integers.
-  const Unsigned<double> ix = bits<Unsigned<double>>(x) + (uint64_t(1023) << 52) - uint64_t(half_root);
-  const Vec<double> n = bits<Vec<double>>((ix >> 52) | (uint64_t(1023 + 52) << 52)) - (0x1p52 + 1023);
-  const Vec<double> f = bits<Vec<double>>((ix & 0xfffffffffffff) + uint64_t(half_root)) - 1.0;
-  const Vec<double> s = f / (2.0 + f), s2 = s * s;  // log(1 + f) = 2 atanh(s) = f - s (f - R(s^2))
-  Vec<double> p = splat(2.0 / (2 * kTerms + 1));
-  for (int odd = 2 * kTerms - 1; odd >= 3; odd -= 2) p = p * s2 + 2.0 / odd;
-  const Vec<double> low = n * 0x1.a39ef35793c76p-33 - s * (f - p * s2);
-  return (low + f) + (n * 0x1.62e42fee00000p-1 + offset) + 0.0 * x;
+  const V n = map<double>(
+      [](auto x) CMIM_INLINE_LAMBDA {
+        return bits<Vec<double>>((bits_from_half_root(x) >> 52) | (uint64_t(1023 + 52) << 52)) -
+               (0x1p52 + 1023);
+      },
+      x);
+  const V f = map<double>(
+      [](auto x) CMIM_INLINE_LAMBDA {
+        return bits<Vec<double>>((bits_from_half_root(x) & 0xfffffffffffff) + kHalfRoot) - 1.0;
+      },
+      x);
+  const V s = f / (f + 2.0), s2 = s * s;  // log(1 + f) = 2 atanh(s) = f - s (f - R(s^2))
+  V p = s2 * (2.0 / (2 * kTerms + 1)) + 2.0 / (2 * kTerms - 1);
+  for (int odd = 2 * kTerms - 3; odd >= 3; odd -= 2) p = p * s2 + 2.0 / odd;
+  const V low = n * 0x1.a39ef35793c76p-33 - s * (f - p * s2);
+  return (low + f) + (n * 0x1.62e42fee00000p-1 + offset) + x * 0.0;
 }
 
 // psi(t) = t e^t - e^t + 1 = sum_{m >= 2} t^m (m - 1) / m!, the summand of the generalised KL divergence over
@@ -230,9 +263,9 @@ CMIM_INLINE Vec<double> psi(Vec<double> t, Vec<double> ratio) {
 // The remaining functions serve clusters that have nearly collapsed, where everything is small.
 
 // exp(x) - 1 for |x| <= 0.005 with 2 as the order, 0.07 with 4, 1.05 with 8, as of psi_ratio
-template <int kOrder = 8>
-CMIM_INLINE Vec<float> expm1_small(Vec<float> x) {
-  Vec<float> p;
+template <int kOrder = 8, class V>
+CMIM_INLINE V expm1_small(const V& x) {
+  V p;
   if constexpr (kOrder == 2) {  // Taylor series: what is left out is x^3/24 and x^4/120 of the result
     p = x * 0.0416666667f + 0.166666667f;
   } else if constexpr (kOrder == 4) {
@@ -251,8 +284,9 @@ CMIM_INLINE Vec<float> expm1_small(Vec<float> x) {
 }
 
 // log(1 + f) for -0.42 <= f <= 0.7
-CMIM_INLINE Vec<float> log1p_small(Vec<float> f) {
-  Vec<float> p = f * -0.0406498491f + 0.1093682f;
+template <class V>
+CMIM_INLINE V log1p_small(const V& f) {
+  V p = f * -0.0406498491f + 0.1093682f;
   p = p * f - 0.130151417f;
   p = p * f + 0.115669035f;
   p = p * f - 0.119714728f;
@@ -261,15 +295,15 @@ CMIM_INLINE Vec<float> log1p_small(Vec<float> f) {
   p = p * f + 0.200111735f;
   p = p * f - 0.24999196f;
   p = p * f + 0.333330994f;
-  const Vec<float> f2 = f * f;
+  const V f2 = f * f;
   return (p * f - 0.5f) * f2 + f;
 }
 
 // psi(t) / (t e^t) = (t - 1 + e^-t) / t, so that psi's sum over Q is one over P t: |t| <= 0.02 with 2 as the
 // order, 0.3 with 4, 1.5 with 8
-template <int kOrder>
-CMIM_INLINE Vec<float> psi_ratio(Vec<float> t) {
-  Vec<float> p;
+template <int kOrder, class V>
+CMIM_INLINE V psi_ratio(const V& t) {
+  V p;
   if constexpr (kOrder == 2) {  // the Taylor series; what is left out is t^3/60 of the sum
     p = t * 0.0416666667f - 0.166666667f;
     p = p * t + 0.5f;

@@ -85,19 +85,25 @@ struct LabelColumn {
   }
   // Where the a_k are consecutive multiples of a base: one exponential for D rows, and its powers
   void powers(Span rows) {
-    for (int64_t i = rows.begin; i < rows.end; i += D) {
-      const int64_t count = i + D < rows.end ? D : rows.end - i;
-      V of_rows{};
-      for (int64_t l = 0; l < count; ++l) of_rows[l] = below(i + l);
-      const V one = exp_nonpositive<kPowerTerms>(of_rows * (a[0] / job.power0));
-      V now = job.power0 == 1 ? one : exp_nonpositive<kPowerTerms>(of_rows * a[0]);
-      for (int k0 = 0; k0 < Kp; k0 += D) {
-        V block[D];
-        for (V& of_rows_at_k : block) of_rows_at_k = now, now *= one;
-        transpose(block);
-        for (int64_t l = 0; l < count; ++l) put(i + l, k0, block[l]);
+    by_several<double>(rows.end - rows.begin, [&](auto several, int64_t from) CMIM_INLINE_LAMBDA {
+      constexpr int U = decltype(several)::value;
+      double of_rows[U * D] = {};
+      for (int64_t l = 0; l < U * D && rows.begin + from + l < rows.end; ++l)
+        of_rows[l] = below(rows.begin + from + l);
+      const auto exponents = load_several<U>(of_rows);
+      const auto one = exp_nonpositive<kPowerTerms>(exponents * (a[0] / job.power0));
+      const auto first = job.power0 == 1 ? one : exp_nonpositive<kPowerTerms>(exponents * a[0]);
+      for (int u = 0; u < U; ++u) {
+        const int64_t i = rows.begin + from + u * D, count = i + D < rows.end ? D : rows.end - i;
+        V now = part(first, u);
+        for (int k0 = 0; k0 < Kp; k0 += D) {
+          V block[D];
+          for (V& of_rows_at_k : block) of_rows_at_k = now, now *= part(one, u);
+          transpose(block);
+          for (int64_t l = 0; l < count; ++l) put(i + l, k0, block[l]);
+        }
       }
-    }
+    });
   }
   // N temperatures of a row. sums (N): the caller's S_k, which become those of the whole row, relative to its
   // largest logit, where kApart. Returns what the caller's exponentials are multiplied by to give P.

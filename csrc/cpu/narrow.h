@@ -136,9 +136,11 @@ struct Narrow : Centre<kSource> {
           }
           for (int k = 0; k < N; ++k) mean[k] += part[k];
         }
-        for (int k = 0; k < N; ++k) {
-          lo = mean[k] < lo ? mean[k] : lo, hi = mean[k] > hi ? mean[k] : hi;
-          store(to + k * kStride + j, log1p_small(mean[k]));
+        for (int k = 0; k < N; ++k) lo = mean[k] < lo ? mean[k] : lo, hi = mean[k] > hi ? mean[k] : hi;
+        constexpr int U = kAtOnce<N>;
+        for (int k = 0; k < N; k += U) {
+          const auto l = log1p_small(take_parts<float, U>(mean + k));
+          store_several(to + k * Base::kStride + j, l, Base::kStride);
         }
       }
     });
@@ -183,11 +185,16 @@ struct Narrow : Centre<kSource> {
               powers[k] = powers[k] * mean + mean;
             }
           }
-          for (int k = 0; k < N; ++k) {
-            const V t = (ak[k] * d - shift[k]) - load<V>(l + k * kStride + j);
-            const V pt = powers[k] * t;
-            g += scale[k] * pt;
-            kl[k] += pt * psi_ratio<kOrder>(t);
+          constexpr int U = kAtOnce<N>;
+          for (int k = 0; k < N; k += U) {
+            const auto t = (d * splat_each<U>(ak + k) - splat_each<U>(shift + k)) -
+                           load_several<U>(l + k * Base::kStride + j, Base::kStride);
+            const auto ratio = psi_ratio<kOrder>(t);
+            for (int u = 0; u < U; ++u) {
+              const V pt = powers[k + u] * part(t, u);
+              g += scale[k + u] * pt;
+              kl[k + u] += pt * part(ratio, u);
+            }
           }
           store(g_to + j, g);
         }

@@ -224,6 +224,10 @@ struct RowSum {
     lanes += v;
     if (j / Simd<T>::width % kFlushVectors == kFlushVectors - 1) total = value(), lanes = Vec<T>{};
   }
+  template <int U>
+  CMIM_INLINE void add(int64_t j, const SeveralVectors<T, U>& v) {
+    for (int u = 0; u < U; ++u) add(j + u * Simd<T>::width, v.part[u]);
+  }
   CMIM_INLINE double value() const { return total + double(sum_lanes<T>(lanes)); }
 };
 
@@ -260,9 +264,9 @@ void entropy_row(const Job& job, const Cluster& cluster, int64_t i, Workspace& w
   const T* const z = row_values(job, row, x);
   const T top = largest(z, job.classes);
   RowSum<T> of_row;
-  each_vector(z, job.classes, [&](int64_t j, V v) CMIM_INLINE_LAMBDA {
-    const V e = exp_nonpositive(at_least(v - top, kVanishes<T>));
-    store(x + j, e);
+  each_several(z, job.classes, [&](int64_t j, auto v) CMIM_INLINE_LAMBDA {
+    const auto e = exp_nonpositive(at_least(v - top, kVanishes<T>));
+    store_several(x + j, e);
     of_row.add(j, e);
   });
   const double sum = of_row.value();

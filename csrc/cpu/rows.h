@@ -100,15 +100,23 @@ enum class Source {
 template <class T, Source kSource>
 constexpr double kUnit = kSource == Source::chain ? 1.0 : kLog2<T>;
 
-// Powers p, p + 1, ... of x, one after the other
+// How many chains of products, each of which waits for the one before, take turns: see several.h
+constexpr int kChains = kTogether > 1 ? 2 : 1;
+
+// Powers p, p + 1, ... of x
 template <class T>
 struct PowerChain {
-  Vec<T> one, now;
-  CMIM_INLINE PowerChain(Vec<T> x, Vec<T> first) : one(x), now(first) {}
+  Vec<T> step, next[kChains];
+  CMIM_INLINE PowerChain(Vec<T> x, Vec<T> first) : step(x) {
+    next[0] = first;
+    if constexpr (kChains == 2) step = x * x, next[1] = first * x;
+  }
   // k = 0, 1, ... in this order
   CMIM_INLINE Vec<T> at(int k) {
-    if (k > 0) now *= one;
-    return now;
+    Vec<T>& chain = next[k % kChains];
+    const Vec<T> it = chain;
+    chain *= step;
+    return it;
   }
 };
 
@@ -126,6 +134,10 @@ struct Exponentials {
     Vec<T> x;
     const T* a;
     CMIM_INLINE Vec<T> at(int k) { return exp_scaled(x, a[k]); }
+    template <int U>
+    CMIM_INLINE Several<T, U> together(int k) {
+      return exp_scaled(x, splat_each<U>(a + k));
+    }
   };
   // those at columns j .., which are `place` numbers into `from`
   CMIM_INLINE auto at(int64_t place, int64_t j) const {
@@ -151,6 +163,12 @@ struct Powers {
       : x(load<Vec<T>>(place)), one(exp_scaled(x, base)), a(inverse_temperatures), multiple(multiples) {}
   CMIM_INLINE Vec<T> at(int k) {
     return multiple[k] <= kHighestPower ? power<T>(one, multiple[k]) : exp_scaled(x, a[k]);
+  }
+  template <int U>
+  CMIM_INLINE Several<T, U> together(int k) {
+    Vec<T> e[U];
+    for (int u = 0; u < U; ++u) e[u] = at(k + u);
+    return take_parts<T, U>(e);
   }
 };
 

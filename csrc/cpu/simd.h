@@ -2,6 +2,7 @@
 // source for every instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -111,11 +112,6 @@ CMIM_INLINE Vec<double> to_double(Lanes<double>::F v) {
 }
 CMIM_INLINE Vec<double> to_double(Vec<double> v) {
   return v;
-}
-// v where it is larger or NaN, else the limit
-template <class T>
-CMIM_INLINE Vec<T> at_least(Vec<T> v, T limit) {
-  return v < limit ? splat<T>(limit) : v;
 }
 // All lanes combined by f: the upper half with the lower, until one is left.
 template <class V, class F, size_t... I>

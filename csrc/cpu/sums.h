@@ -124,14 +124,14 @@ struct RowSums : Rows<T> {
       T *const x = X + i * Cp, *const e = E + i * Cp, *const at_one = one + i * Cp;
       const T top = tops[i];
       RowSum<T> sum;
-      each_vector(row_place(job, cluster.rows[i], x), C, [&](int64_t j, V v) CMIM_INLINE_LAMBDA {
+      each_several(row_place(job, cluster.rows[i], x), C, [&](int64_t j, auto v) CMIM_INLINE_LAMBDA {
         v = at_least(v - top, floor);
-        store(x + j, v);
-        if constexpr (kSource == Source::chain) store(e + j, exp_nonpositive(base * v));
+        store_several(x + j, v);
+        if constexpr (kSource == Source::chain) store_several(e + j, exp_nonpositive(v * base));
         if constexpr (kOwn) {
           if constexpr (!kCareful) v = with_entry(v, label - j, floor);
-          const V of_one = exp_nonpositive(v);
-          store(at_one + j, of_one);
+          const auto of_one = exp_nonpositive(v);
+          store_several(at_one + j, of_one);
           sum.add(j, of_one);
         }
       });
@@ -145,8 +145,10 @@ struct RowSums : Rows<T> {
       by_chunk(K, [&](auto, int k0) CMIM_INLINE_LAMBDA {
         T* const first = first_of<kSource>(k0);
         if (first == E) return;
-        for (int64_t j = rows.begin * Cp; j < rows.end * Cp; j += W)
-          store(first + j, exp_nonpositive(a[k0] * load<V>(X + j)));
+        const int64_t begin = rows.begin * Cp;
+        each_several(X + begin, rows.end * Cp - begin, [&](int64_t j, auto v) CMIM_INLINE_LAMBDA {
+          store_several(first + begin + j, exp_nonpositive(v * a[k0]));
+        });
       });
   }
 
@@ -185,10 +187,15 @@ struct RowSums : Rows<T> {
           for (int64_t j = j0; j < Cp && j < j0 + most; j += W) {
             const int64_t place = this->template column<kSource>(j);
             auto ex = make(i * Cp + j, k0);
-            for (int k = 0; k < N; ++k) {
-              const V e = ex.at(k);
-              s[k] += e;
-              if constexpr (kSource == Source::stored) store(keep + place + k * W, e);
+            if constexpr (kSource == Source::stored) {
+              constexpr int U = kAtOnce<N>;
+              for (int k = 0; k < N; k += U) {
+                const auto e = ex.template together<U>(k);
+                store_several(keep + place + k * W, e);
+                add_parts<T>(s + k, e);
+              }
+            } else {
+              for (int k = 0; k < N; ++k) s[k] += ex.at(k);
             }
           }
           add_lanes<T, N>(s, off + at);
@@ -243,8 +250,10 @@ struct RowSums : Rows<T> {
   // off holds S and becomes log S, in double less the shift
   template <Source kSource>
   void centre() {
-    for (int64_t at = 0; at < n * K; at += Simd<double>::width)
-      store(off + at, log_positive<false, decltype(label)::kLogTerms>(load<Vec<double>>(off + at)));
+    by_several<double>(n * K, [&](auto several, int64_t at) CMIM_INLINE_LAMBDA {
+      const auto sums = load_several<decltype(several)::value>(off + at);
+      store_several(off + at, log_positive<false, decltype(label)::kLogTerms>(sums));
+    });
     if (job.has_ce && job.ce_index >= 0)
       for (int64_t i = 0; i < n; ++i) set_entropy(i, off[i * K + job.ce_index]);
     by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {

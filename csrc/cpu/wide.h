@@ -119,13 +119,18 @@ struct Wide : UncentredGradient<T> {
               store(rho_to + k * kStride + j, mean[k] < kSmallestNormal<T> ? V{} : weighted[k] / mean[k]);
           }
         }
-        for (int k = 0; k < N; ++k) {
-          const T shift = this->shift[k0 + k];
+        constexpr int U = kAtOnce<N>;
+        for (int k = 0; k < N; k += U) {
+          const auto shift = splat_each<U>(this->shift + k0 + k);
           for (int64_t j = j0; j < group_end; j += W) {
-            const V mean = load<V>(mean_to + k * kStride + j),
-                    log_q = log_positive<kUnit<T, kSource> != 1>(mean, shift);
-            store(l + k * kStride + j,
-                  mean < kSmallestNormal<T> ? splat(kGiven ? T(-__builtin_inf()) : T(0)) : log_q);
+            const auto mean = load_several<U>(mean_to + k * Base::kStride + j, Base::kStride);
+            const auto log_q = log_positive<kUnit<T, kSource> != 1>(mean, shift);
+            const auto chosen = map<T>(
+                [](auto mean, auto log_q) CMIM_INLINE_LAMBDA {
+                  return mean < kSmallestNormal<T> ? splat(kGiven ? T(-__builtin_inf()) : T(0)) : log_q;
+                },
+                mean, log_q);
+            store_several(l + k * Base::kStride + j, chosen, Base::kStride);
           }
         }
       }

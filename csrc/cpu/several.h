@@ -1,0 +1,170 @@
+// Several vectors as one value: what is computed of it is computed step by step for all of them. A function
+// such as exp is a chain of steps that wait for each other, and a processor looks only so far ahead of the
+// one that waits: of functions one after the other it has two or three under way, too few to fill its units.
+#pragma once
+
+#include "simd.h"
+
+namespace cmim::cpu {
+namespace {  // a copy for each variant: see problem.h
+
+// How many vectors functions are computed of at a time. Of 512 bits as many as fill its units are as far as a
+// processor sees.
+#if defined(__AVX512F__)
+constexpr int kTogether = 1;
+#else
+constexpr int kTogether = 4;
+#endif
+
+// and of N of them
+template <int N>
+constexpr int kAtOnce = N < kTogether ? N : kTogether;
+
+template <class T, int U>
+struct SeveralVectors {
+  Vec<T> part[U];
+};
+template <class T, int U>
+using Several = std::conditional_t<U == 1, Vec<T>, SeveralVectors<T, U>>;
+
+// Their number, 1 for a vector or a number, which stand beside every part of others; the type of their lanes
+template <class V>
+constexpr int kParts = 1;
+template <class T, int U>
+constexpr int kParts<SeveralVectors<T, U>> = U;
+template <class V>
+struct LaneOf {
+  using type = std::decay_t<decltype(V{}[0])>;
+};
+template <class T, int U>
+struct LaneOf<SeveralVectors<T, U>> {
+  using type = T;
+};
+// of a template that takes one vector of T or several
+template <class V, class T>
+using OnlyOf = std::enable_if_t<std::is_same_v<typename LaneOf<V>::type, T>, int>;
+
+template <class V>
+CMIM_INLINE auto part(const V& v, int u) {
+  if constexpr (kParts<V> > 1)
+    return v.part[u];
+  else
+    return v;
+}
+template <class T, size_t... u, class F, class... V>
+CMIM_INLINE auto map_parts(std::index_sequence<u...>, F&& f, const V&... v) {
+  const auto at = [&](int place) CMIM_INLINE_LAMBDA { return f(part(v, place)...); };
+  return SeveralVectors<T, int(sizeof...(u))>{{at(int(u))...}};
+}
+// f(v ...), part by part where any is several vectors
+template <class T, class F, class... V>
+CMIM_INLINE auto map(F&& f, const V&... v) {
+  constexpr int U = std::max({kParts<V>...});
+  if constexpr (U == 1)
+    return f(v...);
+  else
+    return map_parts<T>(std::make_index_sequence<U>{}, f, v...);
+}
+
+#define CMIM_OPERATOR(op)                                                          \
+  template <class T, int U, class B>                                               \
+  CMIM_INLINE auto operator op(const SeveralVectors<T, U>& a, const B& b) {        \
+    return map<T>([](auto x, auto y) CMIM_INLINE_LAMBDA { return x op y; }, a, b); \
+  }                                                                                \
+  template <class T, int U, class A, std::enable_if_t<kParts<A> == 1, int> = 0>    \
+  CMIM_INLINE auto operator op(const A& a, const SeveralVectors<T, U>& b) {        \
+    return map<T>([](auto x, auto y) CMIM_INLINE_LAMBDA { return x op y; }, a, b); \
+  }
+CMIM_OPERATOR(+)
+CMIM_OPERATOR(-)
+CMIM_OPERATOR(*)
+CMIM_OPERATOR(/)
+#undef CMIM_OPERATOR
+
+// Loads and stores, one part every `stride` numbers
+template <class T, size_t... u>
+CMIM_INLINE auto load_parts(std::index_sequence<u...>, const T* p, int64_t stride) {
+  return SeveralVectors<T, int(sizeof...(u))>{{load<Vec<T>>(p + int64_t(u) * stride)...}};
+}
+template <int U, class T>
+CMIM_INLINE Several<T, U> load_several(const T* p, int64_t stride = Simd<T>::width) {
+  if constexpr (U == 1)
+    return load<Vec<T>>(p);
+  else
+    return load_parts(std::make_index_sequence<U>{}, p, stride);
+}
+template <class T, class V>
+CMIM_INLINE void store_several(T* p, const V& v, int64_t stride = Simd<T>::width) {
+  if constexpr (kParts<V> == 1)
+    store(p, v);
+  else
+    for (int u = 0; u < kParts<V>; ++u) store(p + u * stride, v.part[u]);
+}
+// Every part U times the same number, of those at p one after the other
+template <class T, size_t... u>
+CMIM_INLINE auto splat_parts(std::index_sequence<u...>, const T* p) {
+  return SeveralVectors<T, int(sizeof...(u))>{{splat<T>(p[u])...}};
+}
+template <int U, class T>
+CMIM_INLINE auto splat_each(const T* p) {
+  if constexpr (U == 1)
+    return *p;
+  else
+    return splat_parts(std::make_index_sequence<U>{}, p);
+}
+
+// Those in an array of vectors, to and from it
+template <class T, int U>
+CMIM_INLINE Several<T, U> take_parts(const Vec<T>* from) {
+  return load_several<U>(reinterpret_cast<const T*>(from));
+}
+template <class T, class V>
+CMIM_INLINE void put_parts(Vec<T>* to, const V& v) {
+  if constexpr (kParts<V> == 1)
+    *to = v;
+  else
+    for (int u = 0; u < kParts<V>; ++u) to[u] = v.part[u];
+}
+// to[u] += part u
+template <class T, class V>
+CMIM_INLINE void add_parts(Vec<T>* to, const V& v) {
+  if constexpr (kParts<V> == 1)
+    *to += v;
+  else
+    for (int u = 0; u < kParts<V>; ++u) to[u] += v.part[u];
+}
+
+// v where it is larger or NaN, else the limit
+template <class V, class T>
+CMIM_INLINE V at_least(const V& v, T limit) {
+  return map<T>([=](auto x) CMIM_INLINE_LAMBDA { return x < limit ? splat<T>(limit) : x; }, v);
+}
+// v with `value` in lane l, counted from the first part's; v itself where it has no such lane
+template <int U>
+CMIM_INLINE auto with_entry(SeveralVectors<float, U> v, int64_t l, float value) {
+  for (int u = 0; u < U; ++u) v.part[u] = with_entry(v.part[u], l - u * Simd<float>::width, value);
+  return v;
+}
+
+// f(how many vectors as a constant, the first number's place), for the whole vectors that hold `count`
+// numbers
+template <class T, class F>
+CMIM_INLINE void by_several(int64_t count, F&& f) {
+  constexpr int W = Simd<T>::width, U = kTogether;
+  int64_t at = 0;
+  if constexpr (U > 1)
+    for (; at + U * W <= count; at += U * W) f(std::integral_constant<int, U>{}, at);
+  for (; at < count; at += W) f(std::integral_constant<int, 1>{}, at);
+}
+// f(j, columns j .. of the C numbers at z, padded with -inf): several vectors where there are as many
+template <class T, class F>
+CMIM_INLINE void each_several(const T* z, int64_t C, F&& f) {
+  constexpr int W = Simd<T>::width, U = kTogether;
+  int64_t j = 0;
+  if constexpr (U > 1)
+    for (; j + U * W <= C; j += U * W) f(j, load_several<U>(z + j));
+  each_vector(z + j, C - j, [&](int64_t at, Vec<T> v) CMIM_INLINE_LAMBDA { f(j + at, v); });
+}
+
+}  // namespace
+}  // namespace cmim::cpu
