@@ -8,14 +8,13 @@
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
-// How many vectors functions are computed of at a time. Of 512 bits as many as fill its units are as far as a
-// processor sees.
-#if defined(__AVX512F__)
-constexpr int kTogether = 1;
-#else
+// How many vectors functions are computed of at a time: docs/performance.md has what it gains with AVX2.
+// Units for 512 bits are fed by half as many chains, and vectors of 128 bits are there for completeness.
+#if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int kTogether = 4;
+#else
+constexpr int kTogether = 1;
 #endif
-
 // and of N of them
 template <int N>
 constexpr int kAtOnce = N < kTogether ? N : kTogether;
