@@ -74,8 +74,6 @@ def test_spectrum_in_every_regime(place: Place, regime: Regime) -> None:
 def test_every_option(place: Place, name: str, options: str, of: str) -> None:
     if (place.interpreted or place.emulated) and name == "classes_129" and options not in BY_COLUMN:
         pytest.skip("slow: this width is tried with the options that go by columns")
-    if place.interpreted and name == "random_x10":
-        pytest.skip("slow: large logits are tried by the loss, and options on others")
     check(place, regime(name), OPTIONS[options], torch.float32, of)
 
 

@@ -56,7 +56,7 @@ def test_loss(grid: str, options: str, dtype: torch.dtype) -> None:
     spectrum, scale = GRIDS[grid]
     call = Options(spectrum, **OPTIONS[options])  # type: ignore[arg-type]
     results = []
-    for seed in range(4):
+    for seed in range(8):
         logits, target = batch(scale, seed)
         logits = logits.to(dtype)
         if call.ignore_every:

@@ -137,13 +137,8 @@ struct Centre : Rows<float> {
     if constexpr (kChain) {
       const V v1 = load<V>(E + i * Cp + j), e1 = v1 + 1.0f;
       v[0] = job.power0 + k0 == 1 ? v1 : expm1_small<kOrder>(a[k0] * d);
-      if constexpr (kChains == 2 && N > 2) {
-        const V v2 = v1 * e1 + v1, e2 = v2 + 1.0f;
-        v[1] = v[0] * e1 + v1;
-        for (int k = 2; k < N; ++k) v[k] = v[k - 2] * e2 + v2;
-      } else {
-        for (int k = 1; k < N; ++k) v[k] = v[k - 1] * e1 + v1;
-      }
+      const V step = kChains == 1 ? v1 : v1 * e1 + v1, e_step = step + 1.0f;
+      for (int k = 1; k < N; ++k) v[k] = k < kChains ? v[k - 1] * e1 + v1 : v[k - kChains] * e_step + step;
     } else {
       constexpr int U = kAtOnce<N>;
       for (int k = 0; k < N; k += U)

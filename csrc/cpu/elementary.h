@@ -221,11 +221,11 @@ CMIM_INLINE V log_positive(const V& x, const B& offset = 0) {
   return y + x * 0.0f;  // carries a NaN through
 }
 #endif
-// kTerms: of the series; 5 for an error of 2e-11
-constexpr uint64_t kHalfRoot = 0x3fe6a09e667f3bcd;
+constexpr uint64_t kHalfRoot = 0x3fe6a09e667f3bcd;  // 1/sqrt(2)
 CMIM_INLINE Unsigned<double> bits_from_half_root(Vec<double> x) {
   return bits<Unsigned<double>>(x) + (uint64_t(1023) << 52) - kHalfRoot;
 }
+// kTerms: of the series; 5 for an error of 2e-11
 template <bool kBits = false, int kTerms = 11, class V, OnlyOf<V, double> = 0, class B = double>
 CMIM_INLINE V log_positive(const V& x, const B& offset = 0) {
   static_assert(!kBits, "double computes in base e throughout");

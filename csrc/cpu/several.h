@@ -3,6 +3,8 @@
 // one that waits: of functions one after the other it has two or three under way, too few to fill its units.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace cmim::cpu {
@@ -50,19 +52,23 @@ CMIM_INLINE auto part(const V& v, int u) {
   else
     return v;
 }
-template <class T, size_t... u, class F, class... V>
-CMIM_INLINE auto map_parts(std::index_sequence<u...>, F&& f, const V&... v) {
-  const auto at = [&](int place) CMIM_INLINE_LAMBDA { return f(part(v, place)...); };
-  return SeveralVectors<T, int(sizeof...(u))>{{at(int(u))...}};
+// Of f(0 .. U - 1)
+template <class T, class F, size_t... u>
+CMIM_INLINE SeveralVectors<T, int(sizeof...(u))> make_parts(F&& f, std::index_sequence<u...>) {
+  return {{f(int(u))...}};
+}
+template <class T, int U, class F>
+CMIM_INLINE Several<T, U> make_several(F&& f) {
+  if constexpr (U == 1)
+    return f(0);
+  else
+    return make_parts<T>(f, std::make_index_sequence<U>{});
 }
 // f(v ...), part by part where any is several vectors
 template <class T, class F, class... V>
 CMIM_INLINE auto map(F&& f, const V&... v) {
-  constexpr int U = std::max({kParts<V>...});
-  if constexpr (U == 1)
-    return f(v...);
-  else
-    return map_parts<T>(std::make_index_sequence<U>{}, f, v...);
+  return make_several<T, std::max({kParts<V>...})>([&](int u)
+                                                       CMIM_INLINE_LAMBDA { return f(part(v, u)...); });
 }
 
 #define CMIM_OPERATOR(op)                                                          \
@@ -81,56 +87,36 @@ CMIM_OPERATOR(/)
 #undef CMIM_OPERATOR
 
 // Loads and stores, one part every `stride` numbers
-template <class T, size_t... u>
-CMIM_INLINE auto load_parts(std::index_sequence<u...>, const T* p, int64_t stride) {
-  return SeveralVectors<T, int(sizeof...(u))>{{load<Vec<T>>(p + int64_t(u) * stride)...}};
-}
 template <int U, class T>
 CMIM_INLINE Several<T, U> load_several(const T* p, int64_t stride = Simd<T>::width) {
-  if constexpr (U == 1)
-    return load<Vec<T>>(p);
-  else
-    return load_parts(std::make_index_sequence<U>{}, p, stride);
+  return make_several<T, U>([=](int u) CMIM_INLINE_LAMBDA { return load<Vec<T>>(p + u * stride); });
 }
 template <class T, class V>
 CMIM_INLINE void store_several(T* p, const V& v, int64_t stride = Simd<T>::width) {
-  if constexpr (kParts<V> == 1)
-    store(p, v);
-  else
-    for (int u = 0; u < kParts<V>; ++u) store(p + u * stride, v.part[u]);
+  for (int u = 0; u < kParts<V>; ++u) store(p + u * stride, part(v, u));
 }
-// Every part U times the same number, of those at p one after the other
-template <class T, size_t... u>
-CMIM_INLINE auto splat_parts(std::index_sequence<u...>, const T* p) {
-  return SeveralVectors<T, int(sizeof...(u))>{{splat<T>(p[u])...}};
-}
+// Every part U times the same number, of those at p one after the other; the number itself where U is 1
 template <int U, class T>
 CMIM_INLINE auto splat_each(const T* p) {
   if constexpr (U == 1)
     return *p;
   else
-    return splat_parts(std::make_index_sequence<U>{}, p);
+    return make_several<T, U>([=](int u) CMIM_INLINE_LAMBDA { return splat<T>(p[u]); });
 }
 
-// Those in an array of vectors, to and from it
+// Those in an array of vectors, from and to it
 template <class T, int U>
 CMIM_INLINE Several<T, U> take_parts(const Vec<T>* from) {
-  return load_several<U>(reinterpret_cast<const T*>(from));
+  return make_several<T, U>([=](int u) CMIM_INLINE_LAMBDA { return from[u]; });
 }
 template <class T, class V>
 CMIM_INLINE void put_parts(Vec<T>* to, const V& v) {
-  if constexpr (kParts<V> == 1)
-    *to = v;
-  else
-    for (int u = 0; u < kParts<V>; ++u) to[u] = v.part[u];
+  for (int u = 0; u < kParts<V>; ++u) to[u] = part(v, u);
 }
 // to[u] += part u
 template <class T, class V>
 CMIM_INLINE void add_parts(Vec<T>* to, const V& v) {
-  if constexpr (kParts<V> == 1)
-    *to += v;
-  else
-    for (int u = 0; u < kParts<V>; ++u) to[u] += v.part[u];
+  for (int u = 0; u < kParts<V>; ++u) to[u] += part(v, u);
 }
 
 // v where it is larger or NaN, else the limit

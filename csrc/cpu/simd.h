@@ -2,7 +2,6 @@
 // source for every instruction set.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
