@@ -109,6 +109,7 @@ struct Carry {
 inline Job first_part(const Job& job, int done, const Carry& carry) {
   Job first = part(job, 0, done);
   first.has_ce = false;
+  if (done == 1) first.base = first.a[0], first.power0 = 1, first.multiple = nullptr;  // a chain of one
   first.carry = carry.gradient, first.carry_label = carry.label;
   return first;
 }
