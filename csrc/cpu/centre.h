@@ -62,7 +62,7 @@ struct Centre : Rows<float> {
     if constexpr (kChain)
       by_several<float>(Cp, [&](auto several, int64_t j) CMIM_INLINE_LAMBDA {
         const auto below = load_several<decltype(several)::value>(center + j) - top;
-        store_several(ebar + j, exp_nonpositive(at_least(below * base, kVanishes<float>)));
+        store_several(ebar + j, exp_of_any(below * base));
       });
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
@@ -78,7 +78,7 @@ struct Centre : Rows<float> {
       RowSum<float> sum;
       by_several<float>(Cp, [&](auto several, int64_t j) CMIM_INLINE_LAMBDA {
         const auto below = load_several<decltype(several)::value>(center + j) - top;
-        const auto e = exp_nonpositive(at_least(below, kVanishes<float>));
+        const auto e = exp_of_any(below);
         store_several(one + j, e);
         sum.add(j, e);
       });
@@ -96,7 +96,7 @@ struct Centre : Rows<float> {
       for (int k = 0; k < N; ++k) f(k, ex.at(k));
     } else {
       const V below = load<V>(center + j) - top;
-      for (int k = 0; k < N; ++k) f(k, exp_nonpositive(at_least(a[k0 + k] * below, kVanishes<float>)));
+      for (int k = 0; k < N; ++k) f(k, exp_of_any(a[k0 + k] * below));
     }
   }
 

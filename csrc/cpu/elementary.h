@@ -16,8 +16,34 @@ namespace {  // a copy for each variant: see problem.h
 constexpr __mmask16 kAll = 0xffff;
 #endif
 
-// exp(x) for -1e6 <= x <= 0 (a little above is fine) and for -inf; exactly 0 below the smallest normal
-// number; NaN for NaN.
+template <class T>
+constexpr T kSmallestNormal = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
+
+// exp(x) is smaller than that at this x and below. Exponentials are those of the larger of x and this, whose
+// result in the arithmetic here, 2^-127 or 2^-1023 times a number between one and two, is a subnormal number.
+template <class T>
+constexpr T kVanishes = sizeof(T) == 4 ? T(-87.95) : T(-708.9);
+
+// y >= 0, with zero in place of subnormal numbers where the processor does not take them for zeros: on others
+// a kernel has it do so, see FlushSubnormals.
+template <class V>
+CMIM_INLINE V flushed(V y) {
+#if defined(__x86_64__)
+  return y;
+#else
+  return y < kSmallestNormal<typename LaneOf<V>::type> ? V{} : y;
+#endif
+}
+
+// 2^n p for p near 1, with n in the lowest bits of the mantissa of `shifted`
+template <class T>
+CMIM_INLINE Vec<T> times_power_of_two(Vec<T> p, Vec<T> shifted) {
+  constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52;
+  return flushed(bits<Vec<T>>(bits<Unsigned<T>>(p) + (bits<Unsigned<T>>(shifted) << kMantissa)));
+}
+
+// exp(x) for -1e6 <= x <= 0 (a little above is fine) and for -inf; 0 below the smallest normal number; NaN
+// for NaN.
 #if defined(__AVX512F__)
 CMIM_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   const Vec<float> n = _mm512_maskz_roundscale_ps(kAll, x * 0x1.715476p0f, _MM_FROUND_TO_NEAREST_INT);
@@ -37,9 +63,10 @@ CMIM_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
 template <class V, OnlyOf<V, float> = 0>
 CMIM_INLINE V exp_nonpositive(const V& x) {
   const float magic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the mantissa
-  const V shifted = x * 0x1.715476p0f + magic;
+  const V y = at_least(x, kVanishes<float>);
+  const V shifted = y * 0x1.715476p0f + magic;
   const V n = shifted - magic;
-  V r = x - n * 0x1.62e4p-1f;
+  V r = y - n * 0x1.62e4p-1f;
   r = r - n * 0x1.7f7d1cp-20f;
   V p = r * 0x1.6db4e6p-10f + 0x1.123be0p-7f;
   p = p * r + 0x1.55545ep-5f;
@@ -47,20 +74,18 @@ CMIM_INLINE V exp_nonpositive(const V& x) {
   p = p * r + 0.5f;
   p = p * (r * r) + r + 1.0f;
   return map<float>(
-      [](auto x, auto shifted, auto p) CMIM_INLINE_LAMBDA {
-        const auto y = bits<Vec<float>>(bits<Unsigned<float>>(p) + (bits<Unsigned<float>>(shifted) << 23));
-        return x < -87.0f ? Vec<float>{} : y;
-      },
-      x, shifted, p);
+      [](auto shifted, auto p) CMIM_INLINE_LAMBDA { return times_power_of_two<float>(p, shifted); }, shifted,
+      p);
 }
 #endif
 // kTerms: of the Taylor series from the quadratic one on; 7 for a relative error of 3e-10
 template <int kTerms = 12, class V, OnlyOf<V, double> = 0>
 CMIM_INLINE V exp_nonpositive(const V& x) {
   const double magic = 0x1.8p52;
-  const V shifted = x * 0x1.71547652b82fep0 + magic;
+  const V y = at_least(x, kVanishes<double>);
+  const V shifted = y * 0x1.71547652b82fep0 + magic;
   const V n = shifted - magic;
-  V r = x - n * 0x1.62e42fee00000p-1;
+  V r = y - n * 0x1.62e42fee00000p-1;
   r = r - n * 0x1.a39ef35793c76p-33;
   constexpr double inverse_factorial[] = {1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,
                                           1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
@@ -69,25 +94,32 @@ CMIM_INLINE V exp_nonpositive(const V& x) {
   for (int m = kTerms - 3; m >= 0; --m) p = p * r + inverse_factorial[m];
   p = p * (r * r) + r + 1.0;
   return map<double>(
-      [](auto x, auto shifted, auto p) CMIM_INLINE_LAMBDA {
-        const auto y = bits<Vec<double>>(bits<Unsigned<double>>(p) + (bits<Unsigned<double>>(shifted) << 52));
-        return x < -708.0 ? Vec<double>{} : y;
-      },
-      x, shifted, p);
+      [](auto shifted, auto p) CMIM_INLINE_LAMBDA { return times_power_of_two<double>(p, shifted); }, shifted,
+      p);
+}
+// The same for any x <= 0
+template <class V>
+CMIM_INLINE V exp_of_any(const V& x) {
+#if defined(__AVX512F__)
+  return exp_nonpositive(at_least(x, kVanishes<typename LaneOf<V>::type>));
+#else
+  return exp_nonpositive(x);
+#endif
 }
 
 template <class T>
 constexpr double kLog2 = sizeof(T) == 4 ? 1.4426950408889634 : 1.0;
 
-// exp(a x / kLog2<T>), for one a or several: in float, 2^(a x), which takes fewer instructions than exp of a
-// product and does not round it. The same domain.
+// exp(a x / kLog2<T>), for several x or several a or one of each: in float, 2^(a x), which takes fewer
+// instructions than exp of a product and does not round it. The same domain. least: the x where that vanishes,
+// kVanishes<T> kLog2<T> / a.
 #if defined(__AVX512F__)
 alignas(64) constexpr float kRootsOfTwo[16] = {
     0x1p0f,         0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fep+0f,  0x1.3dea64p+0f,
     0x1.4bfdaep+0f, 0x1.5ab07ep+0f, 0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
     0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f,
 };
-CMIM_INLINE Vec<float> exp_scaled(Vec<float> x, float a) {
+CMIM_INLINE Vec<float> exp_scaled(Vec<float> x, float a, float) {
   // a x = n + f, |f| <= 1/32: the lowest four bits of n, which counts sixteenths, choose its root of two. One
   // register holds them all; with the wider range of a polynomial alone, three terms more are needed.
   const float magic = 0x1.8p19f;
@@ -101,12 +133,13 @@ CMIM_INLINE Vec<float> exp_scaled(Vec<float> x, float a) {
   return _mm512_maskz_scalef_ps(kAll, p * (root * f) + root, n);  // which rounds n down
 }
 #else
-template <class A>
-CMIM_INLINE auto exp_scaled(Vec<float> x, const A& a) {
+template <class V, class A, OnlyOf<V, float> = 0>
+CMIM_INLINE auto exp_scaled(const V& x, const A& a, const A& least) {
   const float magic = 0x1.8p23f;
-  const auto shifted = x * a + magic;
+  const auto y = at_least(x, least);
+  const auto shifted = y * a + magic;
   const auto n = shifted - magic;
-  const auto f = x * a - n;
+  const auto f = y * a - n;
   auto p = f * 0x1.416b5cp-13f + 0x1.5f0830p-10f;
   p = p * f + 0x1.3b2de0p-7f;
   p = p * f + 0x1.c6af7cp-5f;
@@ -114,15 +147,12 @@ CMIM_INLINE auto exp_scaled(Vec<float> x, const A& a) {
   p = p * f + 0x1.62e430p-1f;
   p = p * f + 1.0f;
   return map<float>(
-      [](auto shifted, auto n, auto p) CMIM_INLINE_LAMBDA {
-        const auto y = bits<Vec<float>>(bits<Unsigned<float>>(p) + (bits<Unsigned<float>>(shifted) << 23));
-        return n < -125.0f ? Vec<float>{} : y;
-      },
-      shifted, n, p);
+      [](auto shifted, auto p) CMIM_INLINE_LAMBDA { return times_power_of_two<float>(p, shifted); }, shifted,
+      p);
 }
 #endif
-template <class A>
-CMIM_INLINE auto exp_scaled(Vec<double> x, const A& a) {
+template <class V, class A, OnlyOf<V, double> = 0>
+CMIM_INLINE auto exp_scaled(const V& x, const A& a, const A&) {
   return exp_nonpositive(a * x);
 }
 

@@ -10,7 +10,7 @@ namespace {  // a copy for each variant: see problem.h
 template <class T>
 struct UncentredGradient : RowSums<T> {
   using Base = RowSums<T>;
-  using Base::a, Base::cluster, Base::Cp, Base::job, Base::K, Base::label, Base::n, Base::one, Base::q;
+  using Base::cluster, Base::Cp, Base::job, Base::K, Base::label, Base::n, Base::one, Base::q;
   using Base::r_ce, Base::W;
   using V = Vec<T>;
 
@@ -45,14 +45,15 @@ struct UncentredGradient : RowSums<T> {
         }
         V qi[N];
         for (int k = 0; k < N; ++k) qi[k] = splat<T>(q[i * K + k0 + k]);
-        const T *const from = this->template place_of<kSource>(i, k0), *const ak = a + k0;
+        const T *const from = this->template place_of<kSource>(i, k0);
+        const Scales<T> scales = this->scales_from(k0);
         const T *const first = firsts + i * Cp, *const g = parts + i * Cp, *const at_one = one + i * Cp;
         auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {
           V v = load<V>(g + j);
           if constexpr (kSource == Source::chain) {
             v -= polynomial<T, N>(load<V>(from + j), qi) * load<V>(first + j);
           } else {
-            auto ex = Exponentials<kSource, T>{from, first, ak}.at(this->template column<kSource>(j), j);
+            auto ex = Exponentials<kSource, T>{from, first, scales}.at(this->template column<kSource>(j), j);
             SumOfProducts<T, N> taken;
             for (int k = 0; k < N; ++k) taken.add(k, qi[k], ex.at(k));
             v -= taken.total();

@@ -209,10 +209,6 @@ void lay_out(Scratch& ws, F&& place) {
   place(layout);
 }
 
-// exp(x) is zero below this, with room to spare
-template <class T>
-constexpr T kVanishes = sizeof(T) == 4 ? T(-200) : T(-1500);
-
 constexpr int kFlushVectors = 256;  // sums in lanes of T go over to double this often, whatever C
 
 // The sum of a row's vectors, given in the order of its columns j
@@ -265,7 +261,7 @@ void entropy_row(const Job& job, const Cluster& cluster, int64_t i, Workspace& w
   const T top = largest(z, job.classes);
   RowSum<T> of_row;
   each_several(z, job.classes, [&](int64_t j, auto v) CMIM_INLINE_LAMBDA {
-    const auto e = exp_nonpositive(at_least(v - top, kVanishes<T>));
+    const auto e = exp_of_any(v - top);
     store_several(x + j, e);
     of_row.add(j, e);
   });

@@ -43,13 +43,13 @@ inline int chunks_before(int k0, int K) {
   return k0 < whole ? k0 / 8 : whole / 8 + __builtin_popcount(unsigned(k0 - whole));
 }
 
-template <class T>
-CMIM_INLINE Vec<T> power(Vec<T> x, int p) {  // p >= 1
-  while ((p & 1) == 0) x *= x, p >>= 1;
-  Vec<T> y = x;
+template <class T, class V>
+CMIM_INLINE V power(V x, int p) {  // p >= 1
+  while ((p & 1) == 0) x = x * x, p >>= 1;
+  V y = x;
   while (p >>= 1) {
-    x *= x;
-    if (p & 1) y *= x;
+    x = x * x;
+    if (p & 1) y = y * x;
   }
   return y;
 }
@@ -120,11 +120,18 @@ struct PowerChain {
   }
 };
 
+// What inverse temperatures multiply, in the base of the exponentials, and the x where exp(a x) vanishes
+template <class T>
+struct Scales {
+  const T *a, *least;
+};
+
 // exp(a_k x) for the temperatures of one chunk: few registers are in use at a time. from: their row in E;
 // first: in a chain the row of the first of them, else that of x.
 template <Source kSource, class T>
 struct Exponentials {
-  const T *from, *first, *a;
+  const T *from, *first;
+  Scales<T> scales;
 
   struct Stored {
     const T* from;
@@ -132,43 +139,37 @@ struct Exponentials {
   };
   struct Direct {
     Vec<T> x;
-    const T* a;
-    CMIM_INLINE Vec<T> at(int k) { return exp_scaled(x, a[k]); }
-    template <int U>
-    CMIM_INLINE Several<T, U> together(int k) {
-      return exp_scaled(x, splat_each<U>(a + k));
-    }
+    Scales<T> scales;
+    CMIM_INLINE Vec<T> at(int k) { return exp_scaled(x, scales.a[k], scales.least[k]); }
   };
   // those at columns j .., which are `place` numbers into `from`
   CMIM_INLINE auto at(int64_t place, int64_t j) const {
     if constexpr (kSource == Source::stored)
       return Stored{from + place};
     else if constexpr (kSource == Source::direct)
-      return Direct{load<Vec<T>>(first + j), a};
+      return Direct{load<Vec<T>>(first + j), scales};
     else
       return PowerChain<T>(load<Vec<T>>(from + place), load<Vec<T>>(first + j));
   }
 };
 
+// Of several vectors of columns, each temperature's exponentials by themselves
+template <class T, class V>
+struct OfColumns {
+  V x;
+  Scales<T> scales;
+  CMIM_INLINE V at(int k) { return exp_scaled(x, scales.a[k], scales.least[k]); }
+};
 // The same where the a_k are multiples of a base that leave some out: low powers of exp(base x), and high
 // ones, which carry its rounding many times over, by themselves
 constexpr int kHighestPower = 4;
-template <class T>
-struct Powers {
-  Vec<T> x, one;
-  const T* a;
+template <class T, class V>
+struct PowersOfColumns {
+  OfColumns<T, V> others;
+  V one;
   const int* multiple;
-
-  CMIM_INLINE Powers(const T* place, T base, const T* inverse_temperatures, const int* multiples)
-      : x(load<Vec<T>>(place)), one(exp_scaled(x, base)), a(inverse_temperatures), multiple(multiples) {}
-  CMIM_INLINE Vec<T> at(int k) {
-    return multiple[k] <= kHighestPower ? power<T>(one, multiple[k]) : exp_scaled(x, a[k]);
-  }
-  template <int U>
-  CMIM_INLINE Several<T, U> together(int k) {
-    Vec<T> e[U];
-    for (int u = 0; u < U; ++u) e[u] = at(k + u);
-    return take_parts<T, U>(e);
+  CMIM_INLINE V at(int k) {
+    return multiple[k] <= kHighestPower ? power<T>(one, multiple[k]) : others.at(k);
   }
 };
 
@@ -236,7 +237,7 @@ struct Rows {
   Source source;  // where the exponentials come from
   T *X, *E;       // (n, Cp) what the temperatures multiply; exp(base X) up to a factor of the row
   T *r, *c, *q;   // (n, K) P_k = r_k E^(p + k); coeff r; c sum_j P log(P/Q)
-  T* a;           // (K) inverse temperatures, in the base of the exponentials
+  T *a, *least;   // (K) inverse temperatures, in the base of the exponentials; see Scales
   T* r_ce;        // (n) the softmax at temperature 1 is r_ce exp(X)
 
   // whole: tables hold all tiles at a time, for a team
@@ -269,7 +270,7 @@ struct Rows {
     layout.take(X, n * Cp);
     layout.take(E, source == Source::chain ? n * Cp : source == Source::stored ? n * K * Cp : 0);
     layout.take(r, n * K), layout.take(c, n * K), layout.take(q, n * K);
-    layout.take(a, K), layout.take(r_ce, n);
+    layout.take(a, K), layout.take(least, K), layout.take(r_ce, n);
   }
 
   // f(tile) prepares what g(span of rows, tile) uses. Alone, a thread has one tile at a time in its

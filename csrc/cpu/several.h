@@ -120,9 +120,26 @@ CMIM_INLINE void add_parts(Vec<T>* to, const V& v) {
 }
 
 // v where it is larger or NaN, else the limit
-template <class V, class T>
-CMIM_INLINE V at_least(const V& v, T limit) {
-  return map<T>([=](auto x) CMIM_INLINE_LAMBDA { return x < limit ? splat<T>(limit) : x; }, v);
+template <class V, class L>
+CMIM_INLINE auto at_least(const V& v, const L& limit) {
+  using T = typename LaneOf<V>::type;
+  return map<T>([](auto x, auto least)
+                    CMIM_INLINE_LAMBDA { return x < least ? least - decltype(x){} : x; },
+                v, limit);
+}
+// The sum of the parts, by pairs
+template <class T>
+CMIM_INLINE T sum_parts(const T& v) {
+  return v;
+}
+template <class T, int U>
+CMIM_INLINE Vec<T> sum_parts(const SeveralVectors<T, U>& v) {
+  SeveralVectors<T, U / 2> half;
+  for (int u = 0; u < U / 2; ++u) half.part[u] = v.part[2 * u] + v.part[2 * u + 1];
+  if constexpr (U == 2)
+    return half.part[0];
+  else
+    return sum_parts(half);
 }
 // v with `value` in lane l, counted from the first part's; v itself where it has no such lane
 template <int U>
@@ -133,9 +150,9 @@ CMIM_INLINE auto with_entry(SeveralVectors<float, U> v, int64_t l, float value) 
 
 // f(how many vectors as a constant, the first number's place), for the whole vectors that hold `count`
 // numbers
-template <class T, class F>
+template <class T, int U = kTogether, class F>
 CMIM_INLINE void by_several(int64_t count, F&& f) {
-  constexpr int W = Simd<T>::width, U = kTogether;
+  constexpr int W = Simd<T>::width;
   int64_t at = 0;
   if constexpr (U > 1)
     for (; at + U * W <= count; at += U * W) f(std::integral_constant<int, U>{}, at);

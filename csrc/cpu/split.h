@@ -48,7 +48,7 @@ inline double rest_of(const float* z, int64_t C, int64_t label, float a) {
   V sum{};
   for (int s = 0; s < kSampled; ++s) {
     const V below = load<V>(z + s * (C / kSampled)) - z[label];
-    sum += below == 0.0f ? V{} : exp_nonpositive(at_least(-at_least(-a * below, -80.0f), kVanishes<float>));
+    sum += below == 0.0f ? V{} : exp_of_any(-at_least(-a * below, -80.0f));
   }
   const double others = double(sum_lanes<float>(sum)) * double(C) / (kSampled * W);
   return others / (1 + others);

@@ -2,6 +2,8 @@
 // S_k.
 #pragma once
 
+#include <limits>
+
 #include "label.h"
 #include "rows.h"
 
@@ -11,8 +13,8 @@ namespace {  // a copy for each variant: see problem.h
 template <class T>
 struct RowSums : Rows<T> {
   using Base = Rows<T>;
-  using Base::a, Base::C, Base::cluster, Base::cols, Base::Cp, Base::E, Base::job, Base::K, Base::n, Base::r,
-      Base::r_ce;
+  using Base::a, Base::C, Base::cluster, Base::cols, Base::Cp, Base::E, Base::job, Base::K, Base::least,
+      Base::n, Base::r, Base::r_ce;
   using Base::source, Base::W, Base::X;
   using V = Vec<T>;
   static constexpr bool kCareful = sizeof(T) == 8;
@@ -64,6 +66,13 @@ struct RowSums : Rows<T> {
     if (source == Source::stored) return f(std::integral_constant<Source, Source::stored>{});
     return f(std::integral_constant<Source, Source::direct>{});
   }
+  // the X where exp(inverse_temperature X) vanishes, with no temperature so high that it is infinite
+  static T vanishing(double inverse_temperature) {
+    const double x = double(kVanishes<T>) / inverse_temperature;
+    return x > -double(std::numeric_limits<T>::max()) ? T(x) : -std::numeric_limits<T>::max();
+  }
+  Scales<T> scales_from(int k0) const { return {a + k0, least + k0}; }
+
   template <Source kSource>
   void fill() {
     constexpr double unit = kUnit<T, kSource>;
@@ -71,6 +80,7 @@ struct RowSums : Rows<T> {
     floor = floor_of<T>(job);
     for (int k = 0; k < K; ++k)  // multiples stay multiples, as the powers are
       a[k] = unit != 1 && job.multiple ? T(double(T(job.base * unit)) * job.multiple[k]) : T(job.a[k] * unit);
+    for (int k = 0; k < K; ++k) least[k] = vanishing(job.a[k]);
     label.fill([&](int k) {
       if (kCareful) return job.a[k];
       return kSource == Source::chain ? double(T(job.base)) * (job.power0 + k) : double(a[k]) / unit;
@@ -155,25 +165,33 @@ struct RowSums : Rows<T> {
   // off: S, of a row's exponentials
   template <Source kSource>
   void sum_rows(Span rows) {
-    if constexpr (kSource == Source::stored) {  // here, so that one pass makes them and adds them up
-      const T base = T(job.base * kUnit<T, kSource>);
-      if (job.multiple)
-        sum_exponentials<kSource>(rows, [=](int64_t at, int k0) CMIM_INLINE_LAMBDA {
-          return Powers<T>(X + at, base, a + k0, job.multiple + k0);
-        });
-      else
-        sum_exponentials<kSource>(rows, [=](int64_t at, int k0) CMIM_INLINE_LAMBDA {
-          return Exponentials<Source::direct, T>{X, X, a + k0}.at(at, at);
-        });
-    } else {
-      sum_exponentials<kSource>(rows, [=](int64_t at, int k0) CMIM_INLINE_LAMBDA {
-        return Exponentials<kSource, T>{E, this->template first_of<kSource>(k0), a + k0}.at(at, at);
+    if constexpr (kSource == Source::chain) {
+      sum_exponentials<kSource, 1>(rows, [=](auto, int64_t at, int k0) CMIM_INLINE_LAMBDA {
+        return Exponentials<kSource, T>{E, this->template first_of<kSource>(k0), {}}.at(at, at);
       });
+      return;
     }
+    if constexpr (kSource == Source::stored) {
+      if (job.multiple) {
+        const T base = T(job.base * kUnit<T, kSource>), vanishes = vanishing(job.base);
+        sum_exponentials<kSource, kTogether>(rows, [=](auto several, int64_t at, int k0) CMIM_INLINE_LAMBDA {
+          constexpr int U = decltype(several)::value;
+          const auto x = load_several<U>(X + at);
+          return PowersOfColumns<T, Several<T, U>>{
+              {x, scales_from(k0)}, exp_scaled(x, base, vanishes), job.multiple + k0};
+        });
+        return;
+      }
+    }
+    sum_exponentials<kSource, kTogether>(rows, [=](auto several, int64_t at, int k0) CMIM_INLINE_LAMBDA {
+      constexpr int U = decltype(several)::value;
+      return OfColumns<T, Several<T, U>>{load_several<U>(X + at), scales_from(k0)};
+    });
   }
 
-  // make(place in (n, Cp), k0) gives the exponentials of a chunk; stored ones are kept in E.
-  template <Source kSource, class F>
+  // make(how many vectors of columns as a constant, place in (n, Cp), k0) gives the exponentials of a chunk;
+  // stored ones are kept in E, so that one pass makes them and adds them up.
+  template <Source kSource, int kColumns, class F>
   CMIM_INLINE void sum_exponentials(Span rows, F&& make) {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
@@ -184,20 +202,16 @@ struct RowSums : Rows<T> {
         T* const keep = this->template place_of<kSource>(i, k0);
         for (int64_t j0 = 0; j0 < Cp; j0 += most) {
           V s[N] = {};
-          for (int64_t j = j0; j < Cp && j < j0 + most; j += W) {
-            const int64_t place = this->template column<kSource>(j);
-            auto ex = make(i * Cp + j, k0);
-            if constexpr (kSource == Source::stored) {
-              constexpr int U = kAtOnce<N>;
-              for (int k = 0; k < N; k += U) {
-                const auto e = ex.template together<U>(k);
-                store_several(keep + place + k * W, e);
-                add_parts<T>(s + k, e);
-              }
-            } else {
-              for (int k = 0; k < N; ++k) s[k] += ex.at(k);
-            }
-          }
+          by_several<T, kColumns>(
+              Cp - j0 < most ? Cp - j0 : most, [&](auto several, int64_t from) CMIM_INLINE_LAMBDA {
+                const int64_t j = j0 + from, place = this->template column<kSource>(j);
+                auto ex = make(several, i * Cp + j, k0);
+                for (int k = 0; k < N; ++k) {
+                  const auto e = ex.at(k);
+                  if constexpr (kSource == Source::stored) store_several(keep + place + k * W, e, K * W);
+                  s[k] += sum_parts(e);
+                }
+              });
           add_lanes<T, N>(s, off + at);
         }
       }

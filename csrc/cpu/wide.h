@@ -28,9 +28,6 @@ namespace {  // a copy for each variant: see problem.h
 // docs/numerics.md measures both sides of the seam.
 constexpr double kRedoBelow = 3e-4, kRedoBelowRest = 0.02;
 
-template <class T>
-constexpr T kSmallestNormal = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
-
 // kGiven: the centroids are given. kPerRow: the batch's own centroids, and every row has an upstream gradient
 // of its own, so that the path through the centroid does not cancel: t becomes h = g_i t - R/Q
 // (docs/math.md).
@@ -75,7 +72,7 @@ struct Wide : UncentredGradient<T> {
     by_chunk(K, [&](auto chunk, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(chunk)::value;
       const int64_t n = this->n, Cp = this->Cp, K = this->K;
-      const T* const ak = a + k0;
+      const Scales<T> scales = this->scales_from(k0);
       const T* const from = this->template place_of<kSource>(0, k0);
       const int64_t row_stride = this->template column<kSource>(Cp);
       const T* const first = this->template first_of<kSource>(k0);
@@ -94,7 +91,7 @@ struct Wide : UncentredGradient<T> {
           } else {
             const auto add_rows = [&](int64_t i, V(&sum)[N], V(&sum_up)[N]) CMIM_INLINE_LAMBDA {
               for (const int64_t block_end = i + kSumBlock < n ? i + kSumBlock : n; i < block_end; ++i) {
-                auto ex = Exponentials<kSource, T>{from + i * row_stride, first + i * Cp, ak}.at(
+                auto ex = Exponentials<kSource, T>{from + i * row_stride, first + i * Cp, scales}.at(
                     this->template column<kSource>(j), j);
                 for (int k = 0; k < N; ++k) {
                   const V e = ex.at(k);
@@ -176,7 +173,7 @@ struct Wide : UncentredGradient<T> {
         const T gain = up[i];
         for (int64_t j = begin; j < end; j += W) {
           const V v = load<V>(x + j);
-          auto ex = Exponentials<kSource, T>{from, first, ak}.at(this->template column<kSource>(j), j);
+          auto ex = Exponentials<kSource, T>{from, first, this->scales_from(k0)}.at(this->template column<kSource>(j), j);
           SumOfProducts<T, N> g;
           for (int k = 0; k < N; ++k) {
             const V e = ex.at(k);
