@@ -15,12 +15,16 @@ namespace {
 // where those of the smallest have just vanished.
 constexpr double kSpan = 1e8;
 
+// All temperatures of a cluster, uncentred in float. False, with no gradient written, where float does not
+// resolve them.
+bool in_float(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
+  return job.storage != Storage::f64 && job.a[job.temperatures - 1] <= kSpan * job.a[0] &&
+         !has_own_upstreams(job) && CMIM_VARIANT::uncentred_in_float(job, cl, team, ws);
+}
+
 // All temperatures of a cluster, uncentred: in float if that resolves them, else in double.
 void uncentred(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
-  const bool in_float = job.storage != Storage::f64 && job.a[job.temperatures - 1] <= kSpan * job.a[0] &&
-                        !has_own_upstreams(job);
-  if (in_float && CMIM_VARIANT::uncentred_in_float(job, cl, team, ws)) return;
-  CMIM_VARIANT::uncentred_in_double(job, cl, team, ws);
+  if (!in_float(job, cl, team, ws)) CMIM_VARIANT::uncentred_in_double(job, cl, team, ws);
 }
 
 // All temperatures of a cluster, centred. Returns 0, or how far |d| reaches where that is too far.
@@ -29,26 +33,38 @@ float centred(const Job& job, const Cluster& cl, const Team& team, Workspace& ws
   return Narrow<Source::direct>(job, cl, team.run != nullptr, ws).run(team);
 }
 
+// A cluster by a plan. False, with what is to be found out from it, where that does not work.
+bool by_plan(const Plan& plan, const Job& job, const Cluster& cl, const Team& team, Workspace& ws,
+             Found& found) {
+  const bool all = plan.centred == job.temperatures;
+  if (all && (!job.has_ce || (job.power0 > 0 && job.ce_index >= 0))) {
+    found.reach = centred(job, cl, team, ws);
+    return found.reach == 0;
+  }
+  Job left = job;
+  left.close = plan.close;
+  if (plan.centred > 0) {
+    const Carry carry(job, cl.count, ws);
+    found.reach = centred(first_part(job, plan.centred, carry), cl, team, ws);
+    if (found.reach != 0) return false;
+    left = second_part(left, plan.centred, carry);
+  }
+  if (all) {
+    for (int64_t i = 0; i < cl.count; ++i) entropy_row<float>(left, cl, i, ws);
+  } else if (plan.close > plan.centred) {
+    found.none_close = !in_float(left, cl, team, ws);
+    return !found.none_close;
+  } else {
+    uncentred(left, cl, team, ws);
+  }
+  return true;
+}
+
 void cluster(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
   const FlushSubnormals guard;
-  float reach = 0;
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    const int first_few = centred_temperatures(job, cl, reach, ws);
-    if (first_few == 0) break;
-    const bool all = first_few == job.temperatures;
-    if (all && (!job.has_ce || (job.power0 > 0 && job.ce_index >= 0))) {
-      reach = centred(job, cl, team, ws);
-      if (reach == 0) return;
-      continue;
-    }
-    const Carry carry(job, cl.count, ws);
-    const Job first = first_part(job, first_few, carry), rest = second_part(job, first_few, carry);
-    reach = centred(first, cl, team, ws);
-    if (reach != 0) continue;
-    if (!all) return uncentred(rest, cl, team, ws);
-    for (int64_t i = 0; i < cl.count; ++i) entropy_row<float>(rest, cl, i, ws);
-    return;
-  }
+  Found found;
+  for (int attempt = 0; attempt < 3; ++attempt)
+    if (by_plan(plan_of(job, cl, found, ws), job, cl, team, ws, found)) return;
   uncentred(job, cl, team, ws);
 }
 

@@ -24,6 +24,7 @@ struct Job {
   const int* multiple;  // (K); nullptr: every a_k takes an exponential of its own
   int power0;           // where the multiples are consecutive, the first of them, else 0
   int ce_index;         // the k with a_k = 1, or -1
+  int close;            // of the first temperatures, how many have their KL summed as in a collapsed cluster
 
   const void* class_weight;  // (C) float, double for double logits; nullptr: ones
   const void*

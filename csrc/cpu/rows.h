@@ -17,8 +17,8 @@ namespace {  // a copy for each variant: see problem.h
 // takes beside its vectors is the same for narrow ones.
 constexpr int kTileVectors = 1024 / kVectorBytes;
 constexpr int64_t kTileBytes = 32 << 10;
-constexpr int kSumBlock =
-    32;  // rows summed before their sum joins the centroid's: rounding does not build up
+// Rows that are summed before their sum joins the centroid's: rounding does not build up
+constexpr int kSumBlock = 16;
 constexpr int kFlushTiles = kFlushVectors / kTileVectors;
 constexpr int64_t kStoredBytes = int64_t(1) << 20;  // about a core's second-level cache
 
@@ -209,6 +209,10 @@ struct Span {
 // Whether the softmax at temperature 1 is a term of its own
 inline bool has_own_ce(const Job& job) {
   return job.has_ce && job.ce_index < 0;
+}
+// Whether anything depends on the divergences at temperature k
+inline bool counts(const Job& job, int k) {
+  return job.w[k] != 0 || (job.kl && job.order[k] >= 0);
 }
 // Whether every row has an upstream gradient of its own, and the path through the centroid does not cancel
 inline bool has_own_upstreams(const Job& job) {

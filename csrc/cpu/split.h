@@ -1,7 +1,8 @@
-// Which of a cluster's temperatures are computed centred. At a high temperature the softmax outputs of rows
-// that differ are still close to each other, closer than float resolves uncentred, while those of a low
-// temperature are too far apart to be centred: such a cluster is computed in two parts. A guess from two
-// rows: a wrong one costs time, and nothing else, since both forms find out what they cannot do.
+// Which of a cluster's temperatures are computed centred, and which are close. At a high temperature the
+// softmax outputs of rows that differ are still close to each other, even closer than float resolves
+// uncentred, while those of a low temperature are too far apart to be centred: such a cluster is computed in
+// two parts. A guess from two rows: a wrong one costs time, and nothing else, since both forms find out what
+// they cannot do.
 #pragma once
 
 #include "narrow.h"
@@ -10,7 +11,10 @@
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
-constexpr double kMargin = 1.25;  // how much closer than float resolves a guess may be
+// How much more than float resolves it takes by a guess
+constexpr double kMargin = 1.25, kMarginClose = 1.1;
+constexpr double kNotClose = 1e-3;  // KL that is right to 1e-5 as it is summed elsewhere
+constexpr double kDepth = 5;  // a x of this size doubles the rounding of t
 constexpr int kSampled = 4;       // vectors of one row, for the probability that is not the label's
 
 // f(d, a vector of the differences of two rows: NaN where both are masked, or beyond the last class)
@@ -54,30 +58,60 @@ inline double rest_of(const float* z, int64_t C, int64_t label, float a) {
   return others / (1 + others);
 }
 
-// The temperatures [0, .) are better centred. reach: of |d| where that is known, else 0.
-inline int centred_temperatures(const Job& job, const Cluster& cluster, float reach, Workspace& ws) {
-  if (job.storage == Storage::f64 || job.centroids || job.upstream) return 0;
+// How far the logits are below the largest but the label's, on average; infinite where one is masked. Float
+// rounds them in proportion to it.
+inline float depth_of(const float* z, int64_t C, int64_t label) {
+  constexpr int W = Simd<float>::width;
+  Vec<float> lanes{};
+  for (int64_t j = 0; j + W <= C; j += W) lanes += load<Vec<float>>(z + j);
+  float sum = sum_lanes<float>(lanes);
+  for (int64_t j = C / W * W; j < C; ++j) sum += z[j];
+  return largest_but(z, C, label) - sum / float(C);
+}
+
+// The temperatures [0, centred) are better centred, and of the others those before `close` are close: see
+// wide.h.
+struct Plan {
+  int centred, close;
+};
+// What plans that failed have found out: how far |d| reaches, else 0; that none is close
+struct Found {
+  float reach = 0;
+  bool none_close = false;
+};
+inline Plan plan_of(const Job& job, const Cluster& cluster, const Found& found, Workspace& ws) {
+  if (job.storage == Storage::f64 || job.centroids || job.upstream) return {0, 0};
   const int64_t n = cluster.count, C = job.classes, Cp = round_up(C, Simd<float>::width);
   float* const x = reinterpret_cast<float*>(reserve(ws.pass, 2 * Cp * int64_t(sizeof(float))));
   const float* const first = row_values(job, cluster.rows[0], x);
   const float* const last = row_values(job, cluster.rows[n - 1], x + Cp);
   const int K = job.temperatures;
   // of n rows, some reach further than two
-  if (reach == 0) reach = half_width(first, last, C) * (n > 2 ? 1.2f : 1.0f);
+  const float reach =
+      found.reach == 0 ? half_width(first, last, C) * (n > 2 ? 1.2f : 1.0f) : found.reach;
   const auto narrow = [&](int k) { return float(job.a[k]) * reach <= kNarrow; };
-  if (!narrow(0)) return 0;
-  // the chain of expm1 makes all of them cheaper than two parts
-  if (job.power0 > 0 && narrow(K - 1)) return K;
+  if (!narrow(0)) return {0, 0};
   const double spread = variance(first, last, C);
-  for (int k = K - 1; k >= 0; --k) {
-    if (!narrow(k) || !(job.kl || job.w[k] != 0)) continue;
-    const double ratio = job.a[k] * job.a[k] * spread / 2 * (1 - 1 / double(n));
-    if (ratio < kMargin * kRedoBelowRest &&
-        (ratio < kMargin * kRedoBelow ||
-         ratio * rest_of(first, C, cluster.label, float(job.a[k])) < kMargin * kRedoBelow))
-      return k + 1;
-  }
-  return 0;
+  // KL in units of the probability outside the label
+  const auto ratio = [&](int k) { return job.a[k] * job.a[k] * spread / 2 * (1 - 1 / double(n)); };
+  const auto resolved = [&](int k, double least) {
+    return !narrow(k) || !counts(job, k) || !(ratio(k) < kMargin * kRedoBelowRest) ||
+           (ratio(k) >= least &&
+            ratio(k) * rest_of(first, C, cluster.label, float(job.a[k])) >= least);
+  };
+  int close = K;
+  while (close > 0 && resolved(close - 1, kNotClose)) --close;
+  if (close == 0) return {0, 0};
+  const double depth = found.none_close ? __builtin_inf() : double(depth_of(first, C, cluster.label));
+  const auto resolved_close = [&](int k) {
+    const double rounding = 1 + job.a[k] * depth / kDepth;
+    return ratio(k) >= kMarginClose * kRedoBelowClose * rounding * rounding;
+  };
+  int centred = close;
+  while (centred > 0 && (resolved_close(centred - 1) || resolved(centred - 1, kMargin * kRedoBelow))) --centred;
+  // the chain of expm1 makes all of them cheaper than two parts
+  if (centred > 0 && job.power0 > 0 && narrow(K - 1)) return {K, K};
+  return {centred, found.none_close ? centred : close};
 }
 
 // The temperatures [begin, end) of a job by themselves
@@ -88,6 +122,7 @@ inline Job part(const Job& job, int begin, int end) {
   if (of.multiple) of.multiple += begin;
   if (of.power0 > 0) of.power0 += begin;
   of.ce_index = job.ce_index >= begin && job.ce_index < end ? job.ce_index - begin : -1;
+  of.close = job.close > begin ? job.close - begin : 0;
   return of;
 }
 
@@ -123,6 +158,7 @@ inline Job second_part(const Job& job, int done, const Carry& carry) {
   }
   Job whole = job;
   whole.w = carry.w, whole.coeff = carry.coeff, whole.order = carry.order;
+  whole.close = job.close > done ? job.close : 0;
   whole.carried = carry.gradient, whole.carried_label = carry.label;
   return part(whole, done - again, K);
 }

@@ -28,6 +28,7 @@ struct RowSums : Rows<T> {
               // power of E would carry its rounding that many times over
   T* one;     // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
   double* sums_one;  // (n) its sum
+  double* rounded;   // (n, K) what the rounding of mix adds to sum_j Q
   T* ahead;          // (n) the label's logit less the largest other, 0 where it is none
   LabelColumn<!kCareful> label;
   double over_n;  // 1 / n
@@ -39,7 +40,7 @@ struct RowSums : Rows<T> {
     layout.take(acc, n * K);
     layout.take(off, n * K + Simd<double>::width);
     layout.take(mix, n * K), layout.take(mix_up, per_row() ? n * K : 0);
-    layout.take(shift, K), layout.take(up, n), layout.take(tops, n);
+    layout.take(shift, K), layout.take(rounded, kCareful ? 0 : n * K), layout.take(up, n), layout.take(tops, n);
     layout.take(starts, source == Source::chain ? (chunks_before(K, K) - skipped()) * n * Cp : 0);
     layout.take(one, this->own_ce() ? n * Cp : 0), layout.take(sums_one, n);
     layout.take(ahead, kCareful ? 0 : n);
@@ -50,6 +51,16 @@ struct RowSums : Rows<T> {
     if (j.power0 > 0) return Source::chain;
     return cl.count * j.classes * j.temperatures * int64_t(sizeof(T)) <= kStoredBytes ? Source::stored
                                                                                       : Source::direct;
+  }
+  // exp(a_k X) of U vectors of row i at columns j ..
+  template <Source kSource, int U>
+  CMIM_INLINE Several<T, U> exponentials_at(int64_t i, int k, int64_t j) const {
+    if constexpr (kSource == Source::chain)
+      return power<T>(load_several<U>(E + i * Cp + j), job.power0 + k);
+    else if constexpr (kSource == Source::stored)
+      return load_several<U>(this->template place_of<kSource>(i, k) + this->template column<kSource>(j), K * W);
+    else
+      return exp_scaled(load_several<U>(X + i * Cp + j), a[k], least[k]);
   }
   int skipped() const { return job.power0 == 1 ? 1 : 0; }
   // the rows that Exponentials has as `first`
@@ -226,11 +237,14 @@ struct RowSums : Rows<T> {
       constexpr int N = decltype(width)::value;
       const int64_t K = this->K;
       for (int64_t i = rows.begin; i < rows.end; ++i) {
-        const auto inverse = label.template normalise<N>(i, k0, off + i * K + k0);  // S until centre()
+        const auto sums = doubles<N>(off + i * K + k0);  // S until centre(), here of the columns in E
+        const auto inverse = label.template normalise<N>(i, k0, off + i * K + k0);
         const double upstream = label.upstream[i];
         this->template set_scales<N>(i, k0, inverse, (per_row() ? 1.0 : upstream) / kUnit<T, kSource>);
         const auto mean = inverse * over_n;
         store_doubles<N>(mix + i * K + k0, mean);
+        if constexpr (!kCareful)
+          store_doubles<N>(rounded + i * K + k0, (doubles<N>(mix + i * K + k0) - mean) * sums);
         if (per_row()) store_doubles<N>(mix_up + i * K + k0, mean * upstream);
       }
     });

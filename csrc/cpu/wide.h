@@ -27,6 +27,10 @@ namespace {  // a copy for each variant: see problem.h
 // and below the second in units of the probability outside the label: what carries the rounding.
 // docs/numerics.md measures both sides of the seam.
 constexpr double kRedoBelow = 3e-4, kRedoBelowRest = 0.02;
+// In place of the second at the close temperatures, where KL is summed as P t psi_ratio(t): no term of that is
+// negative, and what t is off by in all columns alike does not count. It is the gradient that limits these.
+constexpr double kRedoBelowClose = 3e-5;
+constexpr double kFarthest = 1.5;  // |t|, of psi_ratio<8>
 
 // kGiven: the centroids are given. kPerRow: the batch's own centroids, and every row has an upstream gradient
 // of its own, so that the path through the centroid does not cancel: t becomes h = g_i t - R/Q
@@ -41,7 +45,8 @@ struct Wide : UncentredGradient<T> {
   using V = Vec<T>;
 
   V* kl_acc;                  // (n, K) sums of Q psi(t) in lanes, acc those of P t
-  double *h_sum, *kl_sum;     // (n, K)
+  double *h_sum, *kl_sum;     // (n, K), the second where kCareful or close
+  T* farthest;                // (n) largest |t| at the close temperatures
   double* excess;             // (K) sum_j Q - 1 of given centroids
   double *all_kl, *all_rest;  // (K) sums over the rows of KL and of 1 - p at the label
   T *log_label, *rho_label;   // (K) L and rho at the label
@@ -53,18 +58,22 @@ struct Wide : UncentredGradient<T> {
   void place(Layout& layout) {
     Base::place(layout);
     layout.take(kl_acc, kCareful ? n * K : 0);
-    layout.take(h_sum, n * K), layout.take(kl_sum, kCareful ? n * K : 0);
+    layout.take(h_sum, n * K), layout.take(kl_sum, kCareful || close() > 0 ? n * K : 0);
+    layout.take(farthest, close() > 0 ? n : 0);
     layout.take(excess, kGiven && !kCareful ? K : 0);
     layout.take(all_kl, kCareful ? 0 : K), layout.take(all_rest, kCareful ? 0 : K);
     layout.take(log_label, kCareful ? K : 0), layout.take(rho_label, kPerRow ? K : 0);
     layout.take(L, slots * K * kStride), layout.take(Q, kCareful ? slots * K * kStride : 0);
     layout.take(rho, kPerRow ? slots * K * kStride : 0);
   }
+  // The close temperatures: the batch's own centroids, in float
+  int close() const { return kCareful || kGiven ? 0 : job.close; }
   void clear_sums(Span rows) {
     for (int64_t at = rows.begin * K; at < rows.end * K; ++at) {
       h_sum[at] = 0;
-      if constexpr (kCareful) kl_sum[at] = 0;
+      if (kCareful || close() > 0) kl_sum[at] = 0;
     }
+    for (int64_t i = rows.begin; close() > 0 && i < rows.end; ++i) farthest[i] = 0;
   }
 
   template <Source kSource>
@@ -201,6 +210,35 @@ struct Wide : UncentredGradient<T> {
     });
   }
 
+  // kl_sum: those of P t psi_ratio(t) at the close temperatures, t with the constant of the row
+  template <Source kSource>
+  void accumulate_close(Span rows, int64_t tile) {
+    constexpr double unit = kUnit<T, kSource>;
+    const int64_t begin = tile * cols, end = this->end_of(tile);
+    for (int k = 0; k < close(); ++k) {
+      if (!counts(job, k)) continue;
+      const T* const l = table(L, k, tile);
+      const T ak = a[k];
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const T* const x = X + i * Cp;
+        const T constant = T((off[i * K + k] + label.a[k] * label.lead[i]) * unit - double(this->shift[k]));
+        V sum{}, most{};
+        by_several<T>(end - begin, [&](auto several, int64_t from) CMIM_INLINE_LAMBDA {
+          constexpr int U = decltype(several)::value;
+          const int64_t j = begin + from;
+          const auto e = this->template exponentials_at<kSource, U>(i, k, j);
+          const auto t = map<T>([](auto e, auto t) CMIM_INLINE_LAMBDA { return e == T(0) ? V{} : t; }, e,
+                                (load_several<U>(x + j) * ak - load_several<U>(l + j) - constant) * T(1 / unit));
+          sum += sum_parts(e * t * psi_ratio<8>(t));
+          for (int u = 0; u < U; ++u) most = vmax<T>(magnitude(part(t, u)), most);
+        });
+        kl_sum[i * K + k] += double(sum_lanes<T>(sum));
+        const T far = max_lanes<T>(most);
+        farthest[i] = far > farthest[i] ? far : farthest[i];
+      }
+    }
+  }
+
   void finish_label() {
     if constexpr (kCareful)
       label.finish(off, log_label, rho_label);
@@ -233,6 +271,7 @@ struct Wide : UncentredGradient<T> {
       const int64_t K = this->K;
       const auto ak = doubles<N>(label.a + k0), shift = doubles<N>(this->shift + k0) * (1 / unit);
       decltype(doubles<N>(off)) sum_kl{}, sum_rest{};
+      const auto above = kGiven ? doubles<N>(excess + k0) : rounded_weights<N>(k0);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t at = i * K + k0, of_label = i * label.Kp + k0;
         const auto rest = doubles<N>(label.rest + of_label), p = doubles<N>(label.p + of_label);
@@ -243,18 +282,42 @@ struct Wide : UncentredGradient<T> {
         const auto mean = doubles<N>(h_sum + at) * doubles<N>(r + at) / unit - rest * constant + own;
         store_doubles<N>(label.mean + of_label, mean);
         store_doubles<N>(q + at, doubles<N>(c + at) * (mean + constant) * unit);
-        auto value = mean;
-        if constexpr (kGiven) value += doubles<N>(excess + k0);
+        const auto value = mean + above;
         store_doubles<N>(off + at, value);
         sum_kl += value, sum_rest += rest;
       }
       store_doubles<N>(all_kl + k0, sum_kl), store_doubles<N>(all_rest + k0, sum_rest);
     });
+    for (int k = 0; k < close(); ++k) close_divergences(k);
+    for (int64_t i = 0; close() > 0 && i < n; ++i)
+      if (farthest[i] > kFarthest) return false;
     for (int k = 0; k < K; ++k)
-      if ((job.w[k] != 0 || (job.kl && job.order[k] >= 0)) && all_kl[k] < kRedoBelow * double(n) &&
-          !(all_kl[k] >= kRedoBelowRest * all_rest[k]))
+      if (counts(job, k) && all_kl[k] < kRedoBelow * double(n) &&
+          !(all_kl[k] >= (k < close() ? kRedoBelowClose : kRedoBelowRest) * all_rest[k]))
         return false;
     return true;
+  }
+  // off, all_kl at a close temperature: the other columns' from kl_sum, the label's the same way in double
+  void close_divergences(int k) {
+    if (!counts(job, k)) return;
+    double q = 0;
+    for (int64_t i = 0; i < n; ++i) q += label.p[i * label.Kp + k] / double(n);
+    all_kl[k] = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t of_label = i * label.Kp + k;
+      const auto ratio = splat<double>(label.p[of_label] / q);
+      const double own = q == 0 ? 0 : q * psi(splat<double>(label.t[of_label]), ratio)[0];
+      all_kl[k] += off[i * K + k] = kl_sum[i * K + k] * double(r[i * K + k]) + own;
+    }
+  }
+
+  // sum_j Q - 1 of the batch's own centroids, as far as it is the same in every column: other roundings average
+  // out.
+  template <int N>
+  CMIM_INLINE auto rounded_weights(int k0) const {
+    auto sum = doubles<N>(this->rounded + k0);
+    for (int64_t i = 1; i < n; ++i) sum += doubles<N>(this->rounded + i * K + k0);
+    return sum;
   }
 
   // sum_j Q - 1: zero for a distribution. False: float has no such small numbers.
@@ -279,7 +342,10 @@ struct Wide : UncentredGradient<T> {
     this->template centre<kSource>();
     this->by_tile(
         team, [&](int64_t t) { centroid<kSource>(t); },
-        [&](Span rows, int64_t t) { accumulate<kSource>(rows, t); });
+        [&](Span rows, int64_t t) {
+          accumulate<kSource>(rows, t);
+          if constexpr (!kCareful && !kGiven) accumulate_close<kSource>(rows, t);
+        });
     finish_label();
     if (!divergences<kSource>()) return false;
     this->by_block(team, [&](Span rows) {
