@@ -1,7 +1,8 @@
 """Where the high temperatures of a cluster are centred by themselves, the two parts add up to the whole.
 
 Ordinary logits on grids that reach so high a temperature that the outputs there are closer than float32
-resolves uncentred, while those of the lowest are too far apart to be centred (csrc/cpu/split.h).
+resolves uncentred, while those of the lowest are too far apart to be centred; and rows between the two, whose
+divergences are summed in another way (csrc/cpu/split.h).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from calls import Options, pooled
+from calls import Options, each_divergence, pooled
+from conftest import Place
 from torch import Tensor
 
 from cmim_kernels import TemperatureSpectrum, cmi_spectrum, fused_cmi_loss
@@ -84,6 +86,44 @@ def test_the_highest_temperature(grid: str) -> None:
         lambda z: cmi_spectrum(z, target, temperatures=spectrum, backend="cpu"), logits, upstream=upstream
     )
     assert_collapse_accuracy(cmi[k], gradient, true_cmi[k], true_gradient)
+
+
+def assert_each_divergence(logits: Tensor, target: Tensor, spectrum: TemperatureSpectrum) -> None:
+    """Each CMI_k right to 2e-5 and its gradient to 1e-5 (2-norm), whatever the size of the others."""
+    place = Place("cpu", "cpu", (torch.float32,))
+    for value, gradient, arguments in each_divergence(place, logits, target, spectrum):
+        true_value, true_gradient = truth(logits, *arguments)
+        torch.testing.assert_close(value.double(), true_value, rtol=2e-5, atol=0)
+        error = torch.linalg.vector_norm(gradient.double() - true_gradient)
+        assert error <= 1e-5 * torch.linalg.vector_norm(true_gradient)
+
+
+@pytest.mark.parametrize("grid", ["eight multiples", "eight nodes"])
+@pytest.mark.parametrize("classes", [40, 300])
+@pytest.mark.parametrize("width", [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5])
+def test_from_collapsed_to_ordinary(width: float, classes: int, grid: str) -> None:
+    """Rows that differ by `width`: a CMI of 1e-6 to 0.1, centred, close and neither."""
+    spectrum = TemperatureSpectrum.uniform(1.0, 8) if grid == "eight multiples" else GRIDS["eight nodes"][0]
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(60) % 5
+    logits = torch.randn(5, classes, generator=generator)[target]
+    logits += width * torch.randn(60, classes, generator=generator)
+    logits[target == 1, 1] += 10
+    assert_each_divergence(logits, target, spectrum)
+
+
+@pytest.mark.parametrize("other", ["far", "masked", "large numbers", "shifted"])
+def test_a_wrong_guess(other: str) -> None:
+    """The first and the last row of a cluster are close; one between them is not like them."""
+    logits, target = batch(0.1, 0, classes=4)
+    for row in (8, 9, 10, 11):
+        if other == "far":
+            logits[row, 30:40] += 40
+        elif other == "shifted":
+            logits[row] += 1e3
+        else:
+            logits[row, 50:70] = -torch.inf if other == "masked" else -1e9
+    assert_each_divergence(logits, target, TemperatureSpectrum.uniform(1.0, 8))
 
 
 @pytest.fixture

@@ -73,9 +73,9 @@ CMIM_INLINE V exp_nonpositive(const V& x) {
   p = p * r + 0x1.55548ep-3f;
   p = p * r + 0.5f;
   p = p * (r * r) + r + 1.0f;
-  return map<float>(
-      [](auto shifted, auto p) CMIM_INLINE_LAMBDA { return times_power_of_two<float>(p, shifted); }, shifted,
-      p);
+  return map<float>([](auto shifted, auto p)
+                        CMIM_INLINE_LAMBDA { return times_power_of_two<float>(p, shifted); },
+                    shifted, p);
 }
 #endif
 // kTerms: of the Taylor series from the quadratic one on; 7 for a relative error of 3e-10
@@ -93,9 +93,9 @@ CMIM_INLINE V exp_nonpositive(const V& x) {
   V p = r * inverse_factorial[kTerms - 1] + inverse_factorial[kTerms - 2];
   for (int m = kTerms - 3; m >= 0; --m) p = p * r + inverse_factorial[m];
   p = p * (r * r) + r + 1.0;
-  return map<double>(
-      [](auto shifted, auto p) CMIM_INLINE_LAMBDA { return times_power_of_two<double>(p, shifted); }, shifted,
-      p);
+  return map<double>([](auto shifted, auto p)
+                         CMIM_INLINE_LAMBDA { return times_power_of_two<double>(p, shifted); },
+                     shifted, p);
 }
 // The same for any x <= 0
 template <class V>
@@ -111,8 +111,8 @@ template <class T>
 constexpr double kLog2 = sizeof(T) == 4 ? 1.4426950408889634 : 1.0;
 
 // exp(a x / kLog2<T>), for several x or several a or one of each: in float, 2^(a x), which takes fewer
-// instructions than exp of a product and does not round it. The same domain. least: the x where that vanishes,
-// kVanishes<T> kLog2<T> / a.
+// instructions than exp of a product and does not round it. The same domain. least: the x where that
+// vanishes, kVanishes<T> kLog2<T> / a.
 #if defined(__AVX512F__)
 alignas(64) constexpr float kRootsOfTwo[16] = {
     0x1p0f,         0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fep+0f,  0x1.3dea64p+0f,
@@ -146,9 +146,9 @@ CMIM_INLINE auto exp_scaled(const V& x, const A& a, const A& least) {
   p = p * f + 0x1.ebfbdcp-3f;
   p = p * f + 0x1.62e430p-1f;
   p = p * f + 1.0f;
-  return map<float>(
-      [](auto shifted, auto p) CMIM_INLINE_LAMBDA { return times_power_of_two<float>(p, shifted); }, shifted,
-      p);
+  return map<float>([](auto shifted, auto p)
+                        CMIM_INLINE_LAMBDA { return times_power_of_two<float>(p, shifted); },
+                    shifted, p);
 }
 #endif
 template <class V, class A, OnlyOf<V, double> = 0>

@@ -45,7 +45,7 @@ struct UncentredGradient : RowSums<T> {
         }
         V qi[N];
         for (int k = 0; k < N; ++k) qi[k] = splat<T>(q[i * K + k0 + k]);
-        const T *const from = this->template place_of<kSource>(i, k0);
+        const T* const from = this->template place_of<kSource>(i, k0);
         const Scales<T> scales = this->scales_from(k0);
         const T *const first = firsts + i * Cp, *const g = parts + i * Cp, *const at_one = one + i * Cp;
         auto value = [=](int64_t j) CMIM_INLINE_LAMBDA {

@@ -33,25 +33,25 @@ float centred(const Job& job, const Cluster& cl, const Team& team, Workspace& ws
   return Narrow<Source::direct>(job, cl, team.run != nullptr, ws).run(team);
 }
 
-// A cluster by a plan. False, with what is to be found out from it, where that does not work.
-bool by_plan(const Plan& plan, const Job& job, const Cluster& cl, const Team& team, Workspace& ws,
-             Found& found) {
-  const bool all = plan.centred == job.temperatures;
+// A cluster, split as guessed. False, with what is to be found out from it, where that does not work.
+bool by_split(const Split& split, const Job& job, const Cluster& cl, const Team& team, Workspace& ws,
+              Found& found) {
+  const bool all = split.centred == job.temperatures;
   if (all && (!job.has_ce || (job.power0 > 0 && job.ce_index >= 0))) {
     found.reach = centred(job, cl, team, ws);
     return found.reach == 0;
   }
   Job left = job;
-  left.close = plan.close;
-  if (plan.centred > 0) {
+  left.close = split.close;
+  if (split.centred > 0) {
     const Carry carry(job, cl.count, ws);
-    found.reach = centred(first_part(job, plan.centred, carry), cl, team, ws);
+    found.reach = centred(first_part(job, split.centred, carry), cl, team, ws);
     if (found.reach != 0) return false;
-    left = second_part(left, plan.centred, carry);
+    left = second_part(left, split.centred, carry);
   }
   if (all) {
     for (int64_t i = 0; i < cl.count; ++i) entropy_row<float>(left, cl, i, ws);
-  } else if (plan.close > plan.centred) {
+  } else if (split.close > split.centred) {
     found.none_close = !in_float(left, cl, team, ws);
     return !found.none_close;
   } else {
@@ -64,7 +64,7 @@ void cluster(const Job& job, const Cluster& cl, const Team& team, Workspace& ws)
   const FlushSubnormals guard;
   Found found;
   for (int attempt = 0; attempt < 3; ++attempt)
-    if (by_plan(plan_of(job, cl, found, ws), job, cl, team, ws, found)) return;
+    if (by_split(split_of(job, cl, found, ws), job, cl, team, ws, found)) return;
   uncentred(job, cl, team, ws);
 }
 

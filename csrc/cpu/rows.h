@@ -168,9 +168,7 @@ struct PowersOfColumns {
   OfColumns<T, V> others;
   V one;
   const int* multiple;
-  CMIM_INLINE V at(int k) {
-    return multiple[k] <= kHighestPower ? power<T>(one, multiple[k]) : others.at(k);
-  }
+  CMIM_INLINE V at(int k) { return multiple[k] <= kHighestPower ? power<T>(one, multiple[k]) : others.at(k); }
 };
 
 // Flushes subnormal numbers on this thread while a kernel runs: powers of an exponential pass through them on

@@ -123,8 +123,7 @@ CMIM_INLINE void add_parts(Vec<T>* to, const V& v) {
 template <class V, class L>
 CMIM_INLINE auto at_least(const V& v, const L& limit) {
   using T = typename LaneOf<V>::type;
-  return map<T>([](auto x, auto least)
-                    CMIM_INLINE_LAMBDA { return x < least ? least - decltype(x){} : x; },
+  return map<T>([](auto x, auto least) CMIM_INLINE_LAMBDA { return x < least ? least - decltype(x){} : x; },
                 v, limit);
 }
 // The sum of the parts, by pairs

@@ -13,9 +13,11 @@ namespace {  // a copy for each variant: see problem.h
 
 // How much more than float resolves it takes by a guess
 constexpr double kMargin = 1.25, kMarginClose = 1.1;
-constexpr double kNotClose = 1e-3;  // KL that is right to 1e-5 as it is summed elsewhere
+// KL that is right to 1e-5 as it is summed elsewhere: half as large where many classes share the rounding
+constexpr double kNotClose = 1e-3;
+constexpr int64_t kManyClasses = 256;
 constexpr double kDepth = 5;  // a x of this size doubles the rounding of t
-constexpr int kSampled = 4;       // vectors of one row, for the probability that is not the label's
+constexpr int kSampled = 4;   // vectors of one row, for the probability that is not the label's
 
 // f(d, a vector of the differences of two rows: NaN where both are masked, or beyond the last class)
 template <class F>
@@ -71,15 +73,15 @@ inline float depth_of(const float* z, int64_t C, int64_t label) {
 
 // The temperatures [0, centred) are better centred, and of the others those before `close` are close: see
 // wide.h.
-struct Plan {
+struct Split {
   int centred, close;
 };
-// What plans that failed have found out: how far |d| reaches, else 0; that none is close
+// What guesses that failed have found out: how far |d| reaches, else 0; that none is close
 struct Found {
   float reach = 0;
   bool none_close = false;
 };
-inline Plan plan_of(const Job& job, const Cluster& cluster, const Found& found, Workspace& ws) {
+inline Split split_of(const Job& job, const Cluster& cluster, const Found& found, Workspace& ws) {
   if (job.storage == Storage::f64 || job.centroids || job.upstream) return {0, 0};
   const int64_t n = cluster.count, C = job.classes, Cp = round_up(C, Simd<float>::width);
   float* const x = reinterpret_cast<float*>(reserve(ws.pass, 2 * Cp * int64_t(sizeof(float))));
@@ -87,8 +89,7 @@ inline Plan plan_of(const Job& job, const Cluster& cluster, const Found& found, 
   const float* const last = row_values(job, cluster.rows[n - 1], x + Cp);
   const int K = job.temperatures;
   // of n rows, some reach further than two
-  const float reach =
-      found.reach == 0 ? half_width(first, last, C) * (n > 2 ? 1.2f : 1.0f) : found.reach;
+  const float reach = found.reach == 0 ? half_width(first, last, C) * (n > 2 ? 1.2f : 1.0f) : found.reach;
   const auto narrow = [&](int k) { return float(job.a[k]) * reach <= kNarrow; };
   if (!narrow(0)) return {0, 0};
   const double spread = variance(first, last, C);
@@ -96,11 +97,11 @@ inline Plan plan_of(const Job& job, const Cluster& cluster, const Found& found, 
   const auto ratio = [&](int k) { return job.a[k] * job.a[k] * spread / 2 * (1 - 1 / double(n)); };
   const auto resolved = [&](int k, double least) {
     return !narrow(k) || !counts(job, k) || !(ratio(k) < kMargin * kRedoBelowRest) ||
-           (ratio(k) >= least &&
-            ratio(k) * rest_of(first, C, cluster.label, float(job.a[k])) >= least);
+           (ratio(k) >= least && ratio(k) * rest_of(first, C, cluster.label, float(job.a[k])) >= least);
   };
+  const double not_close = C < kManyClasses ? kNotClose : kNotClose / 2;
   int close = K;
-  while (close > 0 && resolved(close - 1, kNotClose)) --close;
+  while (close > 0 && resolved(close - 1, not_close)) --close;
   if (close == 0) return {0, 0};
   const double depth = found.none_close ? __builtin_inf() : double(depth_of(first, C, cluster.label));
   const auto resolved_close = [&](int k) {
@@ -108,7 +109,8 @@ inline Plan plan_of(const Job& job, const Cluster& cluster, const Found& found, 
     return ratio(k) >= kMarginClose * kRedoBelowClose * rounding * rounding;
   };
   int centred = close;
-  while (centred > 0 && (resolved_close(centred - 1) || resolved(centred - 1, kMargin * kRedoBelow))) --centred;
+  while (centred > 0 && (resolved_close(centred - 1) || resolved(centred - 1, kMargin * kRedoBelow)))
+    --centred;
   // the chain of expm1 makes all of them cheaper than two parts
   if (centred > 0 && job.power0 > 0 && narrow(K - 1)) return {K, K};
   return {centred, found.none_close ? centred : close};

@@ -40,7 +40,8 @@ struct RowSums : Rows<T> {
     layout.take(acc, n * K);
     layout.take(off, n * K + Simd<double>::width);
     layout.take(mix, n * K), layout.take(mix_up, per_row() ? n * K : 0);
-    layout.take(shift, K), layout.take(rounded, kCareful ? 0 : n * K), layout.take(up, n), layout.take(tops, n);
+    layout.take(shift, K), layout.take(rounded, kCareful ? 0 : n * K), layout.take(up, n),
+        layout.take(tops, n);
     layout.take(starts, source == Source::chain ? (chunks_before(K, K) - skipped()) * n * Cp : 0);
     layout.take(one, this->own_ce() ? n * Cp : 0), layout.take(sums_one, n);
     layout.take(ahead, kCareful ? 0 : n);
@@ -58,7 +59,8 @@ struct RowSums : Rows<T> {
     if constexpr (kSource == Source::chain)
       return power<T>(load_several<U>(E + i * Cp + j), job.power0 + k);
     else if constexpr (kSource == Source::stored)
-      return load_several<U>(this->template place_of<kSource>(i, k) + this->template column<kSource>(j), K * W);
+      return load_several<U>(this->template place_of<kSource>(i, k) + this->template column<kSource>(j),
+                             K * W);
     else
       return exp_scaled(load_several<U>(X + i * Cp + j), a[k], least[k]);
   }
@@ -213,16 +215,17 @@ struct RowSums : Rows<T> {
         T* const keep = this->template place_of<kSource>(i, k0);
         for (int64_t j0 = 0; j0 < Cp; j0 += most) {
           V s[N] = {};
-          by_several<T, kColumns>(
-              Cp - j0 < most ? Cp - j0 : most, [&](auto several, int64_t from) CMIM_INLINE_LAMBDA {
-                const int64_t j = j0 + from, place = this->template column<kSource>(j);
-                auto ex = make(several, i * Cp + j, k0);
-                for (int k = 0; k < N; ++k) {
-                  const auto e = ex.at(k);
-                  if constexpr (kSource == Source::stored) store_several(keep + place + k * W, e, K * W);
-                  s[k] += sum_parts(e);
-                }
-              });
+          by_several<T, kColumns>(Cp - j0 < most ? Cp - j0 : most,
+                                  [&](auto several, int64_t from) CMIM_INLINE_LAMBDA {
+                                    const int64_t j = j0 + from, place = this->template column<kSource>(j);
+                                    auto ex = make(several, i * Cp + j, k0);
+                                    for (int k = 0; k < N; ++k) {
+                                      const auto e = ex.at(k);
+                                      if constexpr (kSource == Source::stored)
+                                        store_several(keep + place + k * W, e, K * W);
+                                      s[k] += sum_parts(e);
+                                    }
+                                  });
           add_lanes<T, N>(s, off + at);
         }
       }

@@ -14,8 +14,9 @@
 //
 // In float, t carries the rounding of numbers of the size of X: enough where the rows differ visibly. The
 // label's column is left out of E, and its part of every sum comes in double from label.h; where it is ahead
-// of the others in all rows, X is relative to them. A cluster that float cannot resolve even so is done again
-// in double, where KL is summed as Q psi(t), which never cancels.
+// of the others in all rows, X is relative to them. Where the rows are close, KL is small beside what P t
+// sums to but for the signs; such temperatures have it summed once more, as P t psi_ratio(t). A cluster that
+// float cannot resolve even so is done again in double, where KL is summed as Q psi(t), which never cancels.
 #pragma once
 
 #include "gradient.h"
@@ -27,8 +28,9 @@ namespace {  // a copy for each variant: see problem.h
 // and below the second in units of the probability outside the label: what carries the rounding.
 // docs/numerics.md measures both sides of the seam.
 constexpr double kRedoBelow = 3e-4, kRedoBelowRest = 0.02;
-// In place of the second at the close temperatures, where KL is summed as P t psi_ratio(t): no term of that is
-// negative, and what t is off by in all columns alike does not count. It is the gradient that limits these.
+// In place of the second at the close temperatures, where KL is summed as P t psi_ratio(t): no term of that
+// is negative, and what t is off by in all columns alike does not count. It is the gradient that limits
+// these.
 constexpr double kRedoBelowClose = 3e-5;
 constexpr double kFarthest = 1.5;  // |t|, of psi_ratio<8>
 
@@ -133,7 +135,8 @@ struct Wide : UncentredGradient<T> {
             const auto log_q = log_positive<kUnit<T, kSource> != 1>(mean, shift);
             const auto chosen = map<T>(
                 [](auto mean, auto log_q) CMIM_INLINE_LAMBDA {
-                  return mean < kSmallestNormal<T> ? splat(kGiven ? T(-__builtin_inf()) : T(0)) : log_q;
+                  return mean < kSmallestNormal<T> ? splat(kGiven ? T(-__builtin_inf()) : kLeast<kSource>)
+                                                   : log_q;
                 },
                 mean, log_q);
             store_several(l + k * Base::kStride + j, chosen, Base::kStride);
@@ -182,7 +185,8 @@ struct Wide : UncentredGradient<T> {
         const T gain = up[i];
         for (int64_t j = begin; j < end; j += W) {
           const V v = load<V>(x + j);
-          auto ex = Exponentials<kSource, T>{from, first, this->scales_from(k0)}.at(this->template column<kSource>(j), j);
+          auto ex = Exponentials<kSource, T>{from, first, this->scales_from(k0)}.at(
+              this->template column<kSource>(j), j);
           SumOfProducts<T, N> g;
           for (int k = 0; k < N; ++k) {
             const V e = ex.at(k);
@@ -210,6 +214,11 @@ struct Wide : UncentredGradient<T> {
     });
   }
 
+  // a X of a probability that vanishes, and L of a centroid's that does: a column where all rows agree on
+  // that has a small t, and one where they do not a large one.
+  template <Source kSource>
+  static constexpr T kLeast = T(double(kVanishes<T>) * kUnit<T, kSource>);
+
   // kl_sum: those of P t psi_ratio(t) at the close temperatures, t with the constant of the row
   template <Source kSource>
   void accumulate_close(Span rows, int64_t tile) {
@@ -226,10 +235,9 @@ struct Wide : UncentredGradient<T> {
         by_several<T>(end - begin, [&](auto several, int64_t from) CMIM_INLINE_LAMBDA {
           constexpr int U = decltype(several)::value;
           const int64_t j = begin + from;
-          const auto e = this->template exponentials_at<kSource, U>(i, k, j);
-          const auto t = map<T>([](auto e, auto t) CMIM_INLINE_LAMBDA { return e == T(0) ? V{} : t; }, e,
-                                (load_several<U>(x + j) * ak - load_several<U>(l + j) - constant) * T(1 / unit));
-          sum += sum_parts(e * t * psi_ratio<8>(t));
+          const auto log_p = at_least(load_several<U>(x + j) * ak, kLeast<kSource>);
+          const auto t = (log_p - load_several<U>(l + j) - constant) * T(1 / unit);
+          sum += sum_parts(this->template exponentials_at<kSource, U>(i, k, j) * t * psi_ratio<8>(t));
           for (int u = 0; u < U; ++u) most = vmax<T>(magnitude(part(t, u)), most);
         });
         kl_sum[i * K + k] += double(sum_lanes<T>(sum));
@@ -311,8 +319,8 @@ struct Wide : UncentredGradient<T> {
     }
   }
 
-  // sum_j Q - 1 of the batch's own centroids, as far as it is the same in every column: other roundings average
-  // out.
+  // sum_j Q - 1 of the batch's own centroids, as far as it is the same in every column: other roundings
+  // average out.
   template <int N>
   CMIM_INLINE auto rounded_weights(int k0) const {
     auto sum = doubles<N>(this->rounded + k0);
