@@ -6,7 +6,7 @@
 namespace cmim::cpu {
 namespace {  // a copy for each variant: see problem.h
 
-// kSource: chain, where the a_k are consecutive multiples of a base, or direct
+// kSource: of what is chosen for exp(a_k x), here of expm1(a_k d)
 template <Source kSource>
 struct Centre : Rows<float> {
   using V = Vec<float>;
@@ -130,11 +130,16 @@ struct Centre : Rows<float> {
     spread[i] = lost ? __builtin_inff() : most;
   }
 
-  // v[k] = expm1(a_k d) of row i for one chunk. kOrder: of psi_ratio, which tells how small they are.
-  template <int N, int kOrder>
+  // v[k] = expm1(a_k d) of row i for one chunk. kOrder: of psi_ratio, which tells how small they are. kFirst:
+  // the first time, when those that are stored are made.
+  template <int N, int kOrder, bool kFirst = false>
   CMIM_INLINE void expm1_of(int64_t i, int k0, int64_t j, V (&v)[N]) const {
+    constexpr bool kStored = kSource == Source::stored;
+    float* const kept = place_of<kSource>(i, k0) + column<kSource>(j);
     const V d = load<V>(X + i * Cp + j);
-    if constexpr (kChain) {
+    if constexpr (kStored && !kFirst) {
+      for (int k = 0; k < N; ++k) v[k] = load<V>(kept + k * W);
+    } else if constexpr (kChain) {
       const V v1 = load<V>(E + i * Cp + j), e1 = v1 + 1.0f;
       v[0] = job.power0 + k0 == 1 ? v1 : expm1_small<kOrder>(a[k0] * d);
       const V step = kChains == 1 ? v1 : v1 * e1 + v1, e_step = step + 1.0f;
@@ -143,6 +148,7 @@ struct Centre : Rows<float> {
       constexpr int U = kAtOnce<N>;
       for (int k = 0; k < N; k += U)
         put_parts<float>(v + k, expm1_small<kOrder>(d * splat_each<U>(a + k0 + k)));
+      for (int k = 0; kStored && k < N; ++k) store(kept + k * W, v[k]);
     }
   }
 };

@@ -29,8 +29,11 @@ void uncentred(const Job& job, const Cluster& cl, const Team& team, Workspace& w
 
 // All temperatures of a cluster, centred. Returns 0, or how far |d| reaches where that is too far.
 float centred(const Job& job, const Cluster& cl, const Team& team, Workspace& ws) {
-  if (job.power0 > 0) return Narrow<Source::chain>(job, cl, team.run != nullptr, ws).run(team);
-  return Narrow<Source::direct>(job, cl, team.run != nullptr, ws).run(team);
+  const bool whole = team.run != nullptr;
+  const Source source = choose_source<float>(job, cl);
+  if (source == Source::chain) return Narrow<Source::chain>(job, cl, whole, ws).run(team);
+  if (source == Source::stored) return Narrow<Source::stored>(job, cl, whole, ws).run(team);
+  return Narrow<Source::direct>(job, cl, whole, ws).run(team);
 }
 
 // A cluster, split as guessed. False, with what is to be found out from it, where that does not work.

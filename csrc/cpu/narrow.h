@@ -9,7 +9,7 @@
 // The shift matters for confident rows: with it the dominating class has d near 0, and its v - s does not
 // cancel. The terms of KL are never negative. v_{k+1} = v_k + v_1 + v_k v_1 keeps the relative accuracy of
 // expm1. In the arrays of Rows, X holds d, and E holds v_1 until accumulate turns it into exp(base (z - shift
-// - max zbar)).
+// - max zbar)); where the temperatures are no chain, it holds every v_k if there is room.
 #pragma once
 
 #include "centre.h"
@@ -77,7 +77,7 @@ struct Narrow : Centre<kSource> {
         V s[N] = {};
         for (int64_t j = begin; j < end; j += W) {
           V v[N];
-          this->template expm1_of<N, kOrder>(i, k0, j, v);
+          this->template expm1_of<N, kOrder, true>(i, k0, j, v);
           for (int k = 0; k < N; ++k) s[k] += load<V>(from + k * kStride + j) * v[k];
         }
         this->add_tile(tile, s, acc + i * K + k0, sum + i * K + k0);

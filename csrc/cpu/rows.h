@@ -96,6 +96,12 @@ enum class Source {
   stored,  // computed once per cluster, as powers where the grid has a base: E is (n, Cp / W, K, W)
   direct,  // computed at each use from X, (n, Cp), where storing them would leave the second-level cache
 };
+template <class T>
+Source choose_source(const Job& job, const Cluster& cluster) {
+  if (job.power0 > 0) return Source::chain;
+  const int64_t bytes = cluster.count * job.classes * job.temperatures * int64_t(sizeof(T));
+  return bytes <= kStoredBytes ? Source::stored : Source::direct;
+}
 // The base of the exponentials, as the factor that inverse temperatures take: see kLog2.
 template <class T, Source kSource>
 constexpr double kUnit = kSource == Source::chain ? 1.0 : kLog2<T>;

@@ -34,7 +34,8 @@ struct RowSums : Rows<T> {
   double over_n;  // 1 / n
   T floor;        // of X: exp(a X) is 0 there at every temperature
 
-  RowSums(const Job& j, const Cluster& cl, bool whole) : Base(j, cl, choose(j, cl), whole), label(j, cl) {}
+  RowSums(const Job& j, const Cluster& cl, bool whole)
+      : Base(j, cl, choose_source<T>(j, cl), whole), label(j, cl) {}
   void place(Layout& layout) {
     Base::place(layout);
     layout.take(acc, n * K);
@@ -48,11 +49,6 @@ struct RowSums : Rows<T> {
     label.place(layout);
   }
   bool per_row() const { return label.per_row(); }
-  static Source choose(const Job& j, const Cluster& cl) {
-    if (j.power0 > 0) return Source::chain;
-    return cl.count * j.classes * j.temperatures * int64_t(sizeof(T)) <= kStoredBytes ? Source::stored
-                                                                                      : Source::direct;
-  }
   // exp(a_k X) of U vectors of row i at columns j ..
   template <Source kSource, int U>
   CMIM_INLINE Several<T, U> exponentials_at(int64_t i, int k, int64_t j) const {
