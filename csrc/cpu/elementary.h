@@ -24,8 +24,8 @@ constexpr T kSmallestNormal = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
 template <class T>
 constexpr T kVanishes = sizeof(T) == 4 ? T(-87.95) : T(-708.9);
 
-// y >= 0, with zero in place of subnormal numbers where the processor does not take them for zeros: on others
-// a kernel has it do so, see FlushSubnormals.
+// y >= 0, with zero in place of subnormal numbers: by itself only where FlushSubnormals does not have the
+// processor read them as zeros
 template <class V>
 CMIM_INLINE V flushed(V y) {
 #if defined(__x86_64__)
