@@ -187,6 +187,8 @@ class FlushSubnormals {
 
  private:
   unsigned saved_;
+#else
+  FlushSubnormals() {}
 #endif
 };
 
