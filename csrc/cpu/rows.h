@@ -132,6 +132,14 @@ struct Scales {
   const T *a, *least;
 };
 
+// exp(a_k x) of one vector of columns or several, each temperature by itself
+template <class T, class V>
+struct OfColumns {
+  V x;
+  Scales<T> scales;
+  CMIM_INLINE V at(int k) { return exp_scaled(x, scales.a[k], scales.least[k]); }
+};
+
 // exp(a_k x) for the temperatures of one chunk: few registers are in use at a time. from: their row in E;
 // first: in a chain the row of the first of them, else that of x.
 template <Source kSource, class T>
@@ -143,30 +151,18 @@ struct Exponentials {
     const T* from;
     CMIM_INLINE Vec<T> at(int k) { return load<Vec<T>>(from + k * Simd<T>::width); }
   };
-  struct Direct {
-    Vec<T> x;
-    Scales<T> scales;
-    CMIM_INLINE Vec<T> at(int k) { return exp_scaled(x, scales.a[k], scales.least[k]); }
-  };
   // those at columns j .., which are `place` numbers into `from`
   CMIM_INLINE auto at(int64_t place, int64_t j) const {
     if constexpr (kSource == Source::stored)
       return Stored{from + place};
     else if constexpr (kSource == Source::direct)
-      return Direct{load<Vec<T>>(first + j), scales};
+      return OfColumns<T, Vec<T>>{load<Vec<T>>(first + j), scales};
     else
       return PowerChain<T>(load<Vec<T>>(from + place), load<Vec<T>>(first + j));
   }
 };
 
-// Of several vectors of columns, each temperature's exponentials by themselves
-template <class T, class V>
-struct OfColumns {
-  V x;
-  Scales<T> scales;
-  CMIM_INLINE V at(int k) { return exp_scaled(x, scales.a[k], scales.least[k]); }
-};
-// The same where the a_k are multiples of a base that leave some out: low powers of exp(base x), and high
+// OfColumns where the a_k are multiples of a base that leave some out: low powers of exp(base x), and high
 // ones, which carry its rounding many times over, by themselves
 constexpr int kHighestPower = 4;
 template <class T, class V>

@@ -113,11 +113,6 @@ template <class T, class V>
 CMIM_INLINE void put_parts(Vec<T>* to, const V& v) {
   for (int u = 0; u < kParts<V>; ++u) to[u] = part(v, u);
 }
-// to[u] += part u
-template <class T, class V>
-CMIM_INLINE void add_parts(Vec<T>* to, const V& v) {
-  for (int u = 0; u < kParts<V>; ++u) to[u] += part(v, u);
-}
 
 // v where it is larger or NaN, else the limit
 template <class V, class L>
