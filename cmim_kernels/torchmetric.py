@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .metrics import ClusterSums, summarise
+from .clusters import ClusterSums, summarise
 from .spectrum import DEFAULT_SPECTRUM, Numbers, TemperatureSpectrum, as_spectrum
 from .tensors import keeping_dtype
 from .validate import checked_count, checked_ignore_index

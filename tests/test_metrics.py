@@ -13,10 +13,10 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from cmim_kernels import TemperatureSpectrum, cmi_spectrum
+from cmim_kernels.clusters import divergence
 from cmim_kernels.metrics import (
     ConcentrationSpectrum,
     StreamingCMI,
-    divergence,
     evaluate_concentration,
     plot_concentration,
 )
