@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .clusters import ClusterSums, ConcentrationSpectrum, divergence, summarise
+from .clusters import ClusterSums, divergence, summarise
+from .clusters import ConcentrationSpectrum as ConcentrationSpectrum
 from .spectrum import DEFAULT_SPECTRUM, Numbers, TemperatureSpectrum, as_spectrum
 from .validate import checked_count, checked_ignore_index
 
@@ -18,14 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from .torchmetric import CMIMetric as CMIMetric
-
-__all__ = [
-    "CMIMetric",
-    "ConcentrationSpectrum",
-    "StreamingCMI",
-    "evaluate_concentration",
-    "plot_concentration",
-]
 
 
 class StreamingCMI:
