@@ -143,6 +143,17 @@ def test_where_the_largest_logit_is_in_a_cluster(a: Grid) -> None:
             assert gradient[4].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("shared_kb", range(48, 53))
+def test_one_row_that_just_fits_the_chip(shared_kb: int) -> None:
+    """Two blocks share a class: the columns of a whole tile, beyond those of a block, lie behind the row."""
+    logits, target = torch.randn(2, 600), torch.arange(2)
+    upstream = torch.rand(5)
+    with settings(FUSED, processors=6, shared_kb=shared_kb):
+        value, gradient = run(logits, arguments(target, SPECTRUM, (0.07, 0.3, 0.55, 1.0, 1.7)), upstream)
+    assert value.abs().max() <= 1e-12
+    assert gradient.abs().max() <= 1e-8
+
+
 @both_paths
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 31, 33, 63, 64, 65, 127, 129])
 def test_one_class_of_so_many_rows(path: int, rows: int) -> None:

@@ -199,7 +199,7 @@ __device__ inline void build_tables(Block<T>& b, const Tiling& t, int c0, int k0
           if (centroid) {
             const int j = c0 + column;
             A at = 0;
-            if (j < q.classes) {
+            if (j < b.end) {  // what a tile has beyond may be no part of this block's rows
               const int64_t from = b.on_chip ? j : j * q.col_stride;
               const A x = larger(widen(b.row_data(0)[from], q.storage) - b.saved.top[b.first], q.floor);
               at = exp_nonpositive(q.a[k0 + k] * x) / b.saved.sum[b.statistic(0, k0 + k)];

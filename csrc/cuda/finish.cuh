@@ -100,7 +100,7 @@ __device__ inline void finish_other_rows(const Problem<A>& q, const Forward<A>& 
     const bool ignored = label == q.ignore_index;
     if (!ignored && label >= 0 && label < q.classes) continue;
     if (q.reduction == kNone) f.value[i] = ignored ? A(0) : not_a_number<A>();
-    if (!ignored) *static_cast<volatile int64_t*>(f.bad_label) = pack_label(i, label);
+    if (!ignored && f.bad_label) *static_cast<volatile int64_t*>(f.bad_label) = pack_label(i, label);
   }
 }
 

@@ -15,6 +15,7 @@
 #pragma once
 
 #include "entropy.cuh"
+#include "group.cuh"
 
 namespace cmim::cuda {
 
@@ -304,22 +305,28 @@ __device__ inline void class_gradient(Block<T>& b, const Backward<typename T::A>
   }
 }
 
-// Rows outside every class: zero if ignored, NaN if the label is out of range. Shared out over the grid.
+// Rows outside every class: zero if ignored, NaN if the label is out of range. Shared out over the grid; each
+// thread looks at a label of its own, for there are many and few of them concern anyone, and each warp writes
+// the rows that it found.
 template <class T>
 __device__ inline void other_rows_gradient(const Problem<typename T::A>& q,
                                            const Backward<typename T::A>& w) {
   using A = typename T::A;
+  const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
-  for (int i = blockIdx.x; i < q.rows; i += gridDim.x) {
-    const int64_t label = q.target[i * q.target_stride];
-    const bool ignored = label == q.ignore_index;
-    if (!ignored && label >= 0 && label < q.classes) continue;
-    const A value = ignored ? A(0) : not_a_number<A>();
-    const A g[kVector] = {value, value, value, value};
-    auto* const to = static_cast<typename T::S*>(w.out) + int64_t(i) * q.classes;
+  for (int64_t i0 = blockIdx.x; i0 < q.rows; i0 += int64_t(gridDim.x) * kThreads) {
+    const int64_t mine = i0 + int64_t(gridDim.x) * threadIdx.x;
+    unsigned others = __ballot_sync(kEveryLane, mine < q.rows && !kept(q, target_at(q, int(mine))));
 #pragma unroll 1
-    for (int j = threadIdx.x * kVector; j < q.classes; j += kThreads * kVector)
-      store_vector(to, j, q.classes, w.out_vector, q.storage, g);
+    for (int64_t i = mine - int64_t(gridDim.x) * lane; others != 0; i += gridDim.x, others >>= 1) {
+      if ((others & 1) == 0) continue;
+      const A value = target_at(q, int(i)) == q.ignore_index ? A(0) : not_a_number<A>();
+      const A g[kVector] = {value, value, value, value};
+      auto* const to = static_cast<typename T::S*>(w.out) + i * q.classes;
+#pragma unroll 1
+      for (int j = lane * kVector; j < q.classes; j += kWarp * kVector)
+        store_vector(to, j, q.classes, w.out_vector, q.storage, g);
+    }
   }
 }
 

@@ -63,8 +63,12 @@ unsigned* ticket(const DeviceLimits& device, cudaStream_t stream, unsigned* own)
   unsigned* table = nullptr;
   {
     const std::lock_guard<std::mutex> lock(mutex());
-    const auto known = tables.find(device.index);
-    table = known != tables.end() ? known->second : (tables[device.index] = ticket_table());
+    unsigned*& known = tables[device.index];
+    if (!known) {
+      const WhileNotCapturing guard;
+      known = ticket_table();
+    }
+    table = known;
     if (capturing == cudaStreamCaptureStatusNone) {
       unsigned long long id = 0;
       check(cudaStreamGetId(stream, &id), "identifying the stream");
@@ -111,6 +115,7 @@ void allow_shared_memory(const void* kernel, int device, int bytes) {
   const std::lock_guard<std::mutex> lock(mutex());
   int& before = allowed[kernel][device];
   if (before >= bytes) return;
+  const WhileNotCapturing guard;  // the first call for a kernel loads its code
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) fail(error, "asking for " + std::to_string(bytes) + " bytes of shared memory");
   before = bytes;

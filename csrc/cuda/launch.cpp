@@ -298,6 +298,7 @@ void backward_of_kept(const Call& call, const void* grad, const void* kept, void
     Backward<A> w = gradient_in<A>(out, call);
     w.grad = static_cast<const A*>(grad);
     w.kept = kept;
+    p.forward.bad_label = nullptr;  // forward has told
     launch_fused<T>(p, w, plan, stream, call);
   });
 }

@@ -122,7 +122,7 @@ struct Forward {
   A* own_saved;        // where Saved is if no one keeps it
   int* found;          // (kFounds)
   unsigned* ticket;    // blocks that have finished; 0 between launches. The fused kernel alone
-  int64_t* bad_label;  // a word of host memory that tells of a label out of range, see pack_label()
+  int64_t* bad_label;  // a word of host memory that tells of a label out of range, see pack_label(), or null
   int table_bytes, chip_bytes;
 
   bool saves;  // Saved is for someone to read; else a kernel may leave it unwritten
