@@ -157,6 +157,24 @@ def test_amplify_restores_a_collapsed_spread(batch: tuple[Tensor, Tensor, Tensor
     )
 
 
+@pytest.mark.parametrize(("classes", "rows"), [(7, 33), (10, 64), (100, 500)])
+def test_amplify_amplifies_no_rounding(classes: int, rows: int) -> None:
+    """A teacher that has collapsed altogether has nothing but class means."""
+    labels = torch.arange(rows).remainder(classes)[None]
+    logits = (3 * torch.randn(classes, classes))[labels]
+    prepare = registered_attacks()["amplify-1"].prepare
+    assert prepare is not None
+    amplified = prepare(logits, labels)
+    assert torch.equal(amplified.argmax(-1), logits.argmax(-1))
+    torch.testing.assert_close(amplified, logits - logits.mean(-1, keepdim=True), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["", "a|b", "a\nb", " a"])
+def test_names_that_break_a_table(name: str) -> None:
+    with pytest.raises(ValueError, match="attacks must have printable names"):
+        Attack(name, "paper", lambda s, t, y: s.sum((1, 2)))
+
+
 def test_helpers(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     student, _, labels = batch
     each = torch.stack(

@@ -90,7 +90,7 @@ def test_bad_arguments_and_answers() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             audit(data(), STUDENT, progress=False, **options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="steps and batch_size"):
+    with pytest.raises(ValueError, match="steps must be at least 1"):
         StudentTraining(steps=0)
     bad = data(queries={"bayes": bayes_logits, "noise": lambda x: torch.zeros(len(x), 2)})
     with pytest.raises(ValueError, match=r"the answer of queries\['noise'\] must have shape"):
@@ -147,7 +147,7 @@ def test_interrupted_on_the_command_line(
     [
         (["--seeds", "0"], "seeds must be a positive number"),
         (["--hidden", "0"], "every width must be at least 1"),
-        (["--steps", "-1"], "steps and batch_size must be at least 1"),
+        (["--steps", "-1"], "steps must be at least 1"),
         (["--attacks", "kd-t3", "--tune"], "no attack is named 'kd-t3'; the registered ones are kd-t1"),
         (["--label-smoothing", "1"], "label_smoothing must lie in"),
     ],

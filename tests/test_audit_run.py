@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from audit_cases import FAST, STUDENT, bayes_logits, clusters, data
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmim_kernels.audit import (
     Attack,
@@ -120,6 +121,12 @@ def test_resumes_after_an_interruption(tmp_path: Path) -> None:
     assert list(report.results) == ["one"]
 
 
+def with_activation(activation: type[nn.Module]) -> nn.Module:
+    """`STUDENT` but for its ReLU, with the same weights."""
+    flatten, first, _, last = STUDENT().children()
+    return nn.Sequential(flatten, first, activation(), last)
+
+
 def test_resumes_nothing_else(tmp_path: Path) -> None:
     options: dict[str, Any] = {"attacks": ["kd-t4"], "seeds": 2, "out": tmp_path, "progress": False}
     shared = data()
@@ -129,6 +136,11 @@ def test_resumes_nothing_else(tmp_path: Path) -> None:
     moved = dataclasses.replace(shared, teachers={k: v + 0.1 for k, v in shared.teachers.items()})
     with pytest.raises(ValueError, match=r"something else \(fingerprint differ"):
         audit(moved, STUDENT, training=FAST, **options)
+    for other in (nn.Tanh, nn.GELU):  # of the same weights
+        with pytest.raises(ValueError, match=r"something else \(fingerprint differ"):
+            audit(shared, partial(with_activation, other), training=FAST, **options)
+    with pytest.raises(ValueError, match="out must be a folder that can be written to"):
+        audit(shared, STUDENT, training=FAST, **options | {"out": tmp_path / "audit.json"})
     (tmp_path / "audit.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot resume from"):
         audit(shared, STUDENT, training=FAST, **options)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -102,6 +104,44 @@ def test_students_of_any_kind() -> None:
     assert reports[0].results["kd-t4"]["bayes"] == reports[1].results["kd-t4"]["bayes"]  # dropout is seeded
 
 
+def test_frozen_layers_stay() -> None:
+    def make() -> nn.Module:
+        student = STUDENT()
+        next(student.parameters()).requires_grad_(False)
+        return student
+
+    x, y = clusters(24, 1)
+    students = Students(make, [0, 1], 1, x.device)
+    before = [p.detach().clone() for p in students.parameters()]
+    inputs, labels = x.expand(2, *x.shape), y.expand(2, *y.shape)
+    students.train(FAST, lambda: cross_entropy(students(inputs), labels))
+    moved = [not torch.equal(p, old) for p, old in zip(students.parameters(), before, strict=True)]
+    assert moved == [False, True, True, True]
+
+
+def test_seeds_that_train_the_same_student() -> None:
+    """Pretrained, say, and with all rows in every batch."""
+    options: dict[str, Any] = {"attacks": ["kd-t4"], "seeds": 3, "training": FAST, "progress": False}
+    with pytest.raises(ValueError, match="all 3 seeds trained the same student"):
+        audit(data(), partial(copy.deepcopy, STUDENT()), **options)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("seeds", 1.5, "seeds must be a number or a sequence of ints, got 1.5"),
+        ("seeds", [0.2, 0.7], "seeds must be"),
+        ("seeds", "12", "seeds must be"),
+        ("training", 3, "training must be a StudentTraining, got int"),
+        ("student", STUDENT(), "student must be a function .*, got Sequential"),
+        ("attacks", "kd-t4", "attacks must be a sequence .* the string 'kd-t4'"),
+    ],
+)
+def test_wrong_kinds_of_arguments(argument: str, value: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        audit(**{"data": data(), "student": STUDENT, "progress": False, argument: value})
+
+
 def test_tuning_finds_the_best_student_alone() -> None:
     options: dict[str, Any] = {
         "seeds": 3,
@@ -121,7 +161,7 @@ def test_tuning_finds_the_best_student_alone() -> None:
         tune_training(source, STUDENT, **(options | {"learning_rates": ()}))
     with pytest.raises(ValueError, match="every student of the grid diverged"):
         tune_training(source, STUDENT, **(options | {"learning_rates": (1e30,)}))
-    with pytest.raises(ValueError, match="lr must be positive"):
+    with pytest.raises(ValueError, match="lr must be finite and non-negative"):
         tune_training(source, STUDENT, **(options | {"learning_rates": (-1.0,)}))
 
 
@@ -133,7 +173,10 @@ def test_mlp() -> None:
         mlp(6, [0], 3)
 
 
-@pytest.mark.parametrize("options", [{"lr": 0.0}, {"lr": math.nan}, {"weight_decay": -1.0}])
-def test_bad_training(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="lr must be positive"):
-        StudentTraining(**options)  # type: ignore[arg-type]
+@pytest.mark.parametrize("option", ["steps", "batch_size", "lr", "weight_decay"])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "x", True])
+def test_bad_training(option: str, value: Any) -> None:
+    if (option, value) == ("weight_decay", 0):
+        value = -0.5
+    with pytest.raises((TypeError, ValueError), match=f"{option} must be"):
+        StudentTraining(**{option: value})

@@ -8,6 +8,7 @@ import pytest
 
 from cmim_kernels.audit import AuditReport
 from cmim_kernels.audit.data import LABELS_ONLY
+from cmim_kernels.audit.render import cell
 from cmim_kernels.audit.stats import holm, paired_difference, t_cdf, t_quantile
 
 
@@ -20,14 +21,23 @@ def test_students_t_against_scipy(df: int) -> None:
 
 
 def test_paired_difference() -> None:
-    d = paired_difference([0.91, 0.93, 0.95], [0.90, 0.90, 0.90])
+    d = paired_difference([0.91, 0.93, 0.95], [0.90, 0.90, 0.90], resolution=1e-3)
     assert d.mean == pytest.approx(0.03)
     assert d.standard_error == pytest.approx(0.02 / math.sqrt(3))
     assert d.high - d.mean == pytest.approx(4.302652729911275 * d.standard_error)
     assert d.p == pytest.approx(1 - t_cdf(0.03 / d.standard_error, 2))
-    assert paired_difference([0.9, math.nan, 0.8], [0.8, 0.1, 0.8]).n == 2
-    assert paired_difference([0.9], [0.8]).low == -math.inf
-    assert math.isnan(paired_difference([math.nan], [0.8]).mean)
+    some = paired_difference([0.9, math.nan, 0.8], [0.8, 0.1, 0.8], 1e-3)
+    assert (some.n, some.left_out) == (2, 1)
+    assert paired_difference([0.9], [0.8], 1e-3).low == -math.inf
+    assert math.isnan(paired_difference([math.nan], [0.8], 1e-3).mean)
+
+
+def test_equal_differences_are_no_certainty() -> None:
+    """Two seeds that both gain one test row of a hundred, however the subtraction rounds."""
+    d = paired_difference([0.71, 0.72], [0.70, 0.71], resolution=0.01)
+    assert d.standard_error == pytest.approx(0.01 / math.sqrt(2))
+    assert d.low < 0 < d.p
+    assert 0.1 < d.p < 0.5
 
 
 def test_holm() -> None:
@@ -42,7 +52,7 @@ def made_report(**accuracies: list[float]) -> AuditReport:
         teachers=["t"],
         seeds=seeds,
         label_smoothing=0.1,
-        settings={},
+        settings={"test_rows": 1000, "data_per_seed": True},
         fingerprint="",
         attacks={
             name: {"paper": "", "threat": "leakage" if name == "leak" else "published"} for name in accuracies
@@ -61,7 +71,7 @@ WORSE = [0.85, 0.88, 0.87, 0.88, 0.89, 0.87]
 
 def test_verdicts() -> None:
     assert made_report(a=BETTER, b=WORSE).verdict("t") == (
-        "distillable: 1 of 2 attacks beat the LS student, 1 for certain "
+        "distillable: 1 of 2 attacks beat the LS student, 1 beyond chance "
         "(worst: a, +5.0 ± 0.3 points [+4.3, +5.7])"
     )
     ends = 100 * made_report(a=WORSE).difference("t", "a").high
@@ -85,3 +95,41 @@ def test_verdicts() -> None:
     assert loss_alone.verdict("t").startswith("not shown to be distillable")
     diverged = made_report(a=[math.nan] * 6)
     assert diverged.verdict("t").startswith("undecided")
+
+
+def test_undecided_where_much_may_have_been_missed() -> None:
+    """Few seeds, or few students that did not diverge, show nothing."""
+    nan = math.nan
+    scattered = made_report(a=[0.90, 0.91, 0.89, 0.90, 0.92, 0.90], b=[0.5, 1.0, nan, nan, nan, nan])
+    assert scattered.verdict("t").startswith("undecided: none of 2 beats the LS student, intervals end at +")
+    assert made_report(a=[0.9, nan, nan, nan, nan, nan]).verdict("t").startswith("undecided: none of 1")
+    assert "(4 diverged)" in cell(scattered.difference("t", "b"))
+
+
+def test_what_intervals_over_one_test_set_leave_out() -> None:
+    report = made_report(a=BETTER)
+    report.settings["data_per_seed"] = False
+    assert "1 beyond the chance of the seeds" in report.verdict("t")
+
+
+def test_the_best_smoothing_is_none_that_diverged() -> None:
+    report = made_report(a=BETTER)
+    report.baselines = {"0": [math.nan] * 6, **report.baselines}
+    assert report.best_smoothing()[0] == "0.1"
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        ('"baselines": {', '"baselines": null, "other": {'),
+        ('"baselines": {', '"baselines": {"0.2": [0.5],'),
+        ('"baselines": {', '"baselines": {"0.2": ["x", 1, 1, 1, 1, 1],'),
+        ('"attacks": {', '"attacks": {}, "skipped": {"x": "'),
+        ('"t": [', '"u": ['),
+    ],
+)
+def test_damaged_reports(was: str, becomes: str) -> None:
+    text = made_report(a=BETTER).to_json()
+    assert AuditReport.from_json(text) == made_report(a=BETTER)
+    with pytest.raises(ValueError, match="audit report: "):
+        AuditReport.from_json(text.replace(was, becomes, 1))

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .data import check_name
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 QueryLoss = Callable[[Tensor, Tensor], Tensor]
 Prepare = Callable[[Tensor, Tensor], Tensor]
@@ -53,6 +55,7 @@ class Attack:
     threat: Threat = "published"
 
     def __post_init__(self) -> None:
+        check_name("attacks", self.name)
         if self.queries not in ("none", "mixup", "extra"):
             raise ValueError(f"queries must be 'none', 'mixup' or 'extra', got {self.queries!r}")
         if self.threat not in ("published", "adaptive", "leakage"):
@@ -87,10 +90,13 @@ def resolve_attacks(wanted: Iterable[str | Attack] | None) -> list[Attack]:
     """Names and attacks -> attacks; None means every registered one.
 
     Raises:
+        TypeError: one name by itself.
         ValueError: a name that is not registered, the same name twice, or an empty selection.
     """
     if wanted is None:
         return list(_REGISTRY.values())
+    if isinstance(wanted, str):
+        raise TypeError(f"attacks must be a sequence of names and attacks, got the string {wanted!r}")
     chosen: list[Attack] = []
     for item in wanted:
         if isinstance(item, Attack):
@@ -261,7 +267,7 @@ def match_entropy(fraction: float) -> Prepare:
 def amplify(ratio: float) -> Prepare:
     """Scales every row's deviation from its class mean by one gain per teacher, so that the deviations' root
     mean square is `ratio` times that of the class means' own spread: undoes the collapse, as far as
-    anything is left.
+    anything is left. Where nothing is but what the logits round by, the class means.
     """
 
     def prepare(logits: Tensor, labels: Tensor) -> Tensor:
@@ -270,7 +276,9 @@ def amplify(ratio: float) -> Prepare:
         residual = logits - means
         spread = (means - means.mean(1, keepdim=True)).square().mean((1, 2), keepdim=True).sqrt()
         size = residual.square().mean((1, 2), keepdim=True).sqrt()
-        return means + residual * (ratio * spread / size.clamp(min=1e-12))
+        rounding = 4 * torch.finfo(logits.dtype).eps * logits.abs().amax((1, 2), keepdim=True)
+        gain = torch.where(size > rounding, ratio * spread / size, 0)
+        return means + residual * gain
 
     return prepare
 

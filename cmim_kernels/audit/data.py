@@ -6,6 +6,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,15 @@ class AuditData:
         """A number of seeds, or the seeds, as a list.
 
         Raises:
+            TypeError: something else.
             ValueError: none, one twice, or not as many as there are data sets where each seed has one.
         """
-        chosen = list(range(wanted)) if isinstance(wanted, int) else list(wanted)
+        if isinstance(wanted, Integral):
+            chosen = list(range(int(wanted)))
+        elif isinstance(wanted, Sequence) and all(isinstance(seed, Integral) for seed in wanted):
+            chosen = [int(seed) for seed in wanted]
+        else:
+            raise TypeError(f"seeds must be a number or a sequence of ints, got {wanted!r}")
         if not chosen or len(set(chosen)) != len(chosen):
             raise ValueError(f"seeds must be a positive number or distinct numbers, got {wanted!r}")
         if self.splits is not None and self.splits != len(chosen):
@@ -234,6 +241,12 @@ def _read(path: Path) -> dict[str, Tensor]:
     return entries
 
 
+def check_name(what: str, name: object) -> None:
+    """Whether a table in Markdown can hold it."""
+    if not isinstance(name, str) or name != name.strip() or not name.isprintable() or not name or "|" in name:
+        raise ValueError(f"{what} must have printable names without '|' and outer spaces, got {name!r}")
+
+
 def _check_teachers(teachers: object) -> None:
     if not isinstance(teachers, Mapping) or not all(isinstance(v, Tensor) for v in teachers.values()):
         raise TypeError(f"teachers must map names to logits, got {type(teachers).__name__}")
@@ -242,14 +255,7 @@ def _check_teachers(teachers: object) -> None:
     if LABELS_ONLY in teachers:
         raise ValueError(f"no teacher may be named {LABELS_ONLY!r}: the audit makes one itself")
     for name in teachers:
-        if (
-            not isinstance(name, str)
-            or name != name.strip()
-            or not name.isprintable()
-            or not name
-            or "|" in name
-        ):
-            raise ValueError(f"teachers must have printable names without '|' and outer spaces, got {name!r}")
+        check_name("teachers", name)
     if any(value.dim() < 2 for value in teachers.values()):
         raise ValueError("a teacher's logits must have shape (N, C) or (S, N, C)")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .data import LABELS_ONLY
 from .report import AuditReport
-from .stats import Difference, paired_difference
+from .stats import Difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,9 +54,18 @@ def to_markdown(report: AuditReport) -> str:
         "Differences to the LS student of the same seed in percentage points: mean ± standard error "
         "[95 % t-interval], **bold** where the whole interval lies above zero. Of many such intervals one in "
         "forty lies above zero by chance. The last column is a control: the same loss with a teacher that "
-        "knows nothing but the labels; what it gains is the loss's doing, not a teacher's. Certain is what "
-        "remains after Holm's correction for the number of attacks and also beats this control.",
+        "knows nothing but the labels; what it gains is the loss's doing, not a teacher's. Beyond chance is "
+        "what remains after Holm's correction for the number of attacks and also beats this control.",
     ]
+    if not settings["data_per_seed"]:
+        points = 100 * math.sqrt(0.1 / settings["test_rows"])
+        lines += [
+            "",
+            "All seeds share one test set: the intervals are about the chance of initial weights and batches "
+            "and leave out that of the test rows. That adds a standard error of about "
+            f"{points:.1f} points where two students disagree on a tenth of the rows; data of its own for "
+            "every seed has both in its intervals.",
+        ]
     for threat, title in _THREATS.items():
         names = [name for name in report.results if report.attacks[name]["threat"] == threat]
         if names:
@@ -68,7 +78,7 @@ def to_markdown(report: AuditReport) -> str:
         "| label smoothing | accuracy | against the LS student |",
         "|---|---|---|",
         *(
-            f"| {key} | {_accuracy(values)} | {_against(report, values)} |"
+            f"| {key} | {_accuracy(values)} | {cell(report.control(key))} |"
             for key, values in report.baselines.items()
         ),
         "",
@@ -129,6 +139,8 @@ def cell(difference: Difference) -> str:
         return f"{100 * difference.mean:+.1f} (one seed)"
     d = difference
     text = f"{100 * d.mean:+.1f} ± {100 * d.standard_error:.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+    if d.left_out:
+        text += f" ({d.left_out} diverged)"
     return f"**{text}**" if d.low > 0 else text
 
 
@@ -187,7 +199,3 @@ def _training(student: Mapping[str, float]) -> str:
 def _accuracy(values: Sequence[float]) -> str:
     mean = sum(values) / len(values)
     return f"{100 * mean:.1f} %"
-
-
-def _against(report: AuditReport, values: Sequence[float]) -> str:
-    return cell(paired_difference(values, report.baseline))

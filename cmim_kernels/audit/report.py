@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from .stats import Difference, holm, paired_difference
 
 VERSION = 1
 FAMILY_LEVEL = 0.025  # one-sided, as the upper half of a 95 % interval is
+LARGEST_MISS = 0.05  # what an interval may leave possible where nothing was found
 _FIXED = ("version", "fingerprint", "teachers", "seeds", "label_smoothing", "settings", "versions")
 
 
@@ -58,12 +59,21 @@ class AuditReport:
         of the test set; or minus another teacher's students under the same attack.
         """
         other = self.baseline if against is None else self.results[attack][against]
-        return paired_difference(self.results[attack][teacher], other)
+        return self._paired(self.results[attack][teacher], other)
+
+    def control(self, label_smoothing: str) -> Difference:
+        """Students of another label smoothing (a key of `baselines`) minus the LS students."""
+        return self._paired(self.baselines[label_smoothing], self.baseline)
+
+    def _paired(self, values: Sequence[float], baseline: Sequence[float]) -> Difference:
+        return paired_difference(values, baseline, resolution=1 / self.settings["test_rows"])
 
     def best_smoothing(self) -> tuple[str, Difference]:
         """The label smoothing with the best mean accuracy on the test data, against the baseline's."""
-        best = max(self.baselines, key=lambda key: paired_difference(self.baselines[key], self.baseline).mean)
-        return best, paired_difference(self.baselines[best], self.baseline)
+        controls = {key: self.control(key) for key in self.baselines}
+        finite = {key: control.mean for key, control in controls.items() if control.n > 0}
+        best = max(finite or controls, key=lambda key: controls[key].mean)
+        return best, controls[best]
 
     def deciding(self) -> list[str]:
         """The attacks that were run and decide the verdict: all but those of the `leakage` threat."""
@@ -94,33 +104,38 @@ class AuditReport:
     def verdict(self, teacher: str) -> str:
         """One sentence: distillable or not by the attacks tried; and the mean difference, standard error and
         95 % interval of the worst of them. "Undistillable" comes with the highest end of all intervals, which
-        says how little can have been missed.
+        says how little can have been missed: without two pairs of students for every attack, or where more
+        than `LARGEST_MISS` can have been, it is not said.
         """
         worst = self.worst(teacher)
-        if worst is None or len(self.seeds) < 2:
+        if not self.deciding() or len(self.seeds) < 2:
             return "undecided: needs at least one attack and two seeds"
+        if worst is None:
+            return "undecided: every student diverged"
         differences = [self.difference(teacher, name) for name in self.deciding()]
         differences = [difference for difference in differences if difference.n > 0]
-        tried, beaten = len(differences), self.beaten_by(teacher)
+        tried, beaten = len(differences), len(self.beaten_by(teacher))
         certain = len(self.certainly_beaten_by(teacher))
         d = self.difference(teacher, worst)
         mean, error, low, high = (100 * share for share in (d.mean, d.standard_error, d.low, d.high))
-        at_worst = f"worst: {worst}, {mean:+.1f} ± {error:.1f} points [{low:+.1f}, {high:+.1f}]"
+        at_worst = f"(worst: {worst}, {mean:+.1f} ± {error:.1f} points [{low:+.1f}, {high:+.1f}])"
+        # With one test set for all seeds, the intervals know nothing of the choice of its rows
+        chance = "chance" if self.settings["data_per_seed"] else "the chance of the seeds"
         if certain:
             return (
-                f"distillable: {len(beaten)} of {tried} attacks beat the LS student, {certain} for certain "
-                f"({at_worst})"
+                f"distillable: {beaten} of {tried} attacks beat the LS student, {certain} beyond {chance} "
+                f"{at_worst}"
             )
         if beaten:
             return (
-                f"not shown to be distillable: {len(beaten)} of {tried} attacks beat the LS student, none "
-                f"for certain ({at_worst})"
+                f"not shown to be distillable: {beaten} of {tried} attacks beat the LS student, none beyond "
+                f"{chance} {at_worst}"
             )
         end = max(difference.high for difference in differences)
-        return (
-            f"undistillable by the attacks tried: none of {tried} beats the LS student, intervals end at "
-            f"{100 * end:+.1f} points ({at_worst})"
-        )
+        found = f"none of {tried} beats the LS student, intervals end at {100 * end:+.1f} points {at_worst}"
+        if end > LARGEST_MISS:
+            return f"undecided: {found}; more seeds would tell"
+        return f"undistillable by the attacks tried: {found}"
 
     def to_json(self) -> str:
         """The whole report; a share that is not a number is null."""
@@ -134,20 +149,34 @@ class AuditReport:
             ValueError: the text is no such report, or one of another version.
         """
         try:
-            entries = json.loads(text)
-            report = AuditReport(**entries)
+            report = AuditReport(**json.loads(text))
         except (json.JSONDecodeError, TypeError) as error:
             raise ValueError(f"not an audit report: {error}") from error
         if report.version != VERSION:
             raise ValueError(
                 f"an audit report of version {report.version}, this library reads version {VERSION}"
             )
-        report.baselines = {key: _with_nan(values) for key, values in report.baselines.items()}
-        report.results = {
-            attack: {teacher: _with_nan(values) for teacher, values in by_teacher.items()}
-            for attack, by_teacher in report.results.items()
-        }
+        try:
+            report.baselines = report._accuracies(report.baselines)
+            report.results = {name: report._accuracies(each) for name, each in report.results.items()}
+            whole = set(report.results) <= set(report.attacks) and all(
+                set(report.teachers) <= set(each) for each in report.results.values()
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"a damaged audit report: {error}") from error
+        if not whole:
+            raise ValueError("a damaged audit report: it lacks teachers or attacks that it has results of")
         return report
+
+    def _accuracies(self, found: Mapping[str, Sequence[float | None]]) -> dict[str, list[float]]:
+        """As they were before `to_json`; raises where there is not one for each seed."""
+        accuracies = {
+            name: [math.nan if value is None else float(value) for value in values]
+            for name, values in found.items()
+        }
+        if any(len(values) != len(self.seeds) for values in accuracies.values()):
+            raise ValueError(f"expected {len(self.seeds)} accuracies each, one for every seed")
+        return accuracies
 
     def save(self, folder: Path) -> None:
         """Writes folder/audit.json, whole or not at all."""
@@ -197,7 +226,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _with_nan(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]

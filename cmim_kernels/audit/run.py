@@ -57,13 +57,18 @@ def audit(
         The report: per-seed accuracies, differences to the baseline, verdicts.
 
     Raises:
-        ValueError: an argument out of range, an unknown attack, or `out` holding the audit of other data or
-            settings.
+        TypeError: an argument is of another kind.
+        ValueError: an argument out of range, an unknown attack, `out` no folder that can be written to or
+            holding the audit of other data or settings, or all seeds training the same student.
     """
     chosen = {attack.name: attack for attack in resolve_attacks(attacks)}
     training = training or StudentTraining()
+    if not isinstance(training, StudentTraining):
+        raise TypeError(f"training must be a StudentTraining, got {type(training).__name__}")
     seeds = data.seeds(seeds)
     trainer = Trainer(data, student, seeds, training, label_smoothing)
+    if out is not None:
+        _make_folder(Path(out))
     report = AuditReport(
         teachers=list(data.teacher_names),
         seeds=seeds,
@@ -95,6 +100,14 @@ def audit(
     if out is not None:
         write_report(report, Path(out))
     return report
+
+
+def _make_folder(out: Path) -> None:
+    """Before hours are spent on what could not be kept."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out must be a folder that can be written to: {error}") from error
 
 
 def _cannot_run(attack: Attack, data: AuditData) -> str | None:

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Difference:
     """Mean of n paired differences, its standard error and the two-sided interval around it, in the inputs'
-    units; and the probability of a mean this high or higher where there is no difference.
+    units; and the probability of a mean this high or higher where there is no difference. `left_out` pairs
+    had a NaN.
     """
 
     n: int
+    left_out: int
     mean: float
     standard_error: float
     low: float
@@ -48,23 +50,25 @@ def t_quantile(probability: float, df: int) -> float:
 
 
 def paired_difference(
-    values: Sequence[float], baseline: Sequence[float], confidence: float = 0.95
+    values: Sequence[float], baseline: Sequence[float], resolution: float, confidence: float = 0.95
 ) -> Difference:
     """Mean of values - baseline, paired, with its t-interval; infinitely wide with fewer than two pairs.
 
-    Pairs with a NaN are left out (`n` says how many remain); with none left everything is NaN.
+    Pairs with a NaN are left out (`n` says how many remain); with none left everything is NaN. Numbers that
+    are multiples of `resolution` agree now and then by chance: the standard deviation of the pairs is taken
+    to be no smaller.
     """
     pairs = [a - b for a, b in zip(values, baseline, strict=True) if not (math.isnan(a) or math.isnan(b))]
-    n = len(pairs)
+    n, left_out = len(pairs), len(values) - len(pairs)
     if n == 0:
-        return Difference(0, math.nan, math.nan, math.nan, math.nan, 1.0)
+        return Difference(0, left_out, math.nan, math.nan, math.nan, math.nan, 1.0)
     mean = math.fsum(pairs) / n
     if n == 1:
-        return Difference(1, mean, math.inf, -math.inf, math.inf, 1.0)
-    error = math.sqrt(math.fsum((pair - mean) ** 2 for pair in pairs) / (n - 1) / n)
+        return Difference(1, left_out, mean, math.inf, -math.inf, math.inf, 1.0)
+    deviation = math.sqrt(math.fsum((pair - mean) ** 2 for pair in pairs) / (n - 1))
+    error = max(deviation, resolution) / math.sqrt(n)
     half = t_quantile(0.5 + confidence / 2, n - 1) * error
-    p = 1 - t_cdf(mean / error, n - 1) if error > 0 else float(mean <= 0)
-    return Difference(n, mean, error, mean - half, mean + half, p)
+    return Difference(n, left_out, mean, error, mean - half, mean + half, 1 - t_cdf(mean / error, n - 1))
 
 
 def holm(p: Mapping[str, float], level: float) -> list[str]:

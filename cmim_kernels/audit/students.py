@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..validate import checked_count, checked_number
+
 StudentFactory = Callable[[], nn.Module]
 
 
@@ -31,14 +33,12 @@ class StudentTraining:
     weight_decay: float = 1e-2
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}"
-            )
-        if not self.lr > 0 or not self.weight_decay >= 0:
-            raise ValueError(
-                f"lr must be positive, weight_decay not negative, got {self.lr}, {self.weight_decay}"
-            )
+        for name in ("steps", "batch_size"):
+            checked_count(name, getattr(self, name))
+        for name in ("lr", "weight_decay"):
+            checked_number(name, getattr(self, name))
+        if self.lr == 0:
+            raise ValueError("lr must be positive, got 0")
 
 
 def mlp(inputs: int, hidden: Sequence[int], classes: int) -> StudentFactory:
@@ -79,13 +79,18 @@ class Students:
         device: where they live.
 
     Raises:
-        TypeError: the factory makes something else than a module.
+        TypeError: the factory is none, or makes something else than a module.
         ValueError: the students keep running statistics, which cannot be updated for stacked weights.
     """
 
     def __init__(
         self, factory: StudentFactory, seeds: Sequence[int], copies: int, device: torch.device
     ) -> None:
+        if not callable(factory) or isinstance(factory, nn.Module):
+            raise TypeError(
+                "student must be a function without arguments that makes an untrained module, "
+                f"got {type(factory).__name__}"
+            )
         modules = []
         for seed in seeds:
             with seeded(seed):
@@ -105,8 +110,8 @@ class Students:
         self._buffers = {
             key: value.repeat(copies, *[1] * (value.dim() - 1)) for key, value in buffers.items()
         }
-        for value in self._params.values():
-            value.requires_grad_()
+        for key, own in modules[0].named_parameters():
+            self._params[key].requires_grad_(own.requires_grad)
         self._module = modules[0]
         self._seeds = list(seeds)
         self._copies = copies
@@ -141,10 +146,25 @@ class Students:
         """The stacked weights, each (R, ...)."""
         return list(self._params.values())
 
+    def describe(self, inputs: Tensor) -> tuple[str, list[Tensor]]:
+        """What students are before training: their layers; weights, buffers and the classes that they give
+        inputs (S, N, ...). For fingerprints: classes are the same however logits round.
+        """
+        self._module.eval()
+        with torch.no_grad():
+            classes = self(inputs).argmax(-1)
+        return repr(self._module), [*self._params.values(), *self._buffers.values(), classes]
+
+    def all_equal(self) -> bool:
+        """Whether the students of several seeds have the same weights."""
+        seeds = len(self._seeds)
+        return seeds > 1 and all(bool((value[:seeds] == value[:1]).all()) for value in self.parameters())
+
     def train(self, training: StudentTraining, step_loss: Callable[[], Tensor]) -> None:
         """Minimises `step_loss() -> (R,)`; no weight is shared, so the sum's gradient is each one's own."""
         self._module.train()
-        optimiser = torch.optim.AdamW(self.parameters(), lr=training.lr, weight_decay=training.weight_decay)
+        trained = [value for value in self.parameters() if value.requires_grad]
+        optimiser = torch.optim.AdamW(trained, lr=training.lr, weight_decay=training.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, training.steps)
         with seeded(self._seeds[0]):  # for dropout
             for _ in range(training.steps):

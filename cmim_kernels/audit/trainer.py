@@ -15,6 +15,7 @@ from .data import LABELS_ONLY, AuditData
 from .students import StudentFactory, Students, StudentTraining, batches, seeded, take
 
 _MIXUP_QUERIES = 4  # mixtures asked for, per row of the attacker's own
+_TRIED = 64  # test rows that tell students apart
 _MIXUP_BETA = 0.4  # MixKD draws the share of a mixture from Beta(a, a)
 
 
@@ -54,10 +55,10 @@ class Trainer:
 
     def fingerprint(self) -> str:
         """Hash of all that the results depend on: data, teachers' answers, initial students, training."""
-        digest = hashlib.sha256(repr((self.seeds, self.training)).encode())
         data, students = self.data, Students(self.student, self.seeds, 1, self.device)
-        tensors = [data.inputs, data.labels, data.test_inputs, data.test_labels, self.logits]
-        tensors += students.parameters()
+        layers, untrained = students.describe(self.test_inputs[:, :_TRIED])
+        digest = hashlib.sha256(repr((self.seeds, self.training, layers)).encode())
+        tensors = [data.inputs, data.labels, data.test_inputs, data.test_labels, self.logits, *untrained]
         if data.extra_inputs is not None and data.extra_logits is not None:
             tensors += [data.extra_inputs, *data.extra_logits.values()]
         for tensor in tensors:
@@ -77,6 +78,12 @@ class Trainer:
             return cross_entropy(logits, take(self.labels, index), smoothing)
 
         students.train(self.training, step_loss)
+        if students.all_equal():
+            raise ValueError(
+                f"all {len(self.seeds)} seeds trained the same student, so that they say no more than one: "
+                "the student's weights must be drawn from torch's generator, or batches be smaller than the "
+                "data"
+            )
         return students.accuracy(self.test_inputs, self.test_labels).tolist()
 
     def knockoffs(self, attack: Attack) -> dict[str, list[float]]:
