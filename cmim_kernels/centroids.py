@@ -141,11 +141,14 @@ class CentroidBank(nn.Module):
         result = self.centroids
         updating = self.training and self.mode != "fixed"
         if updating or not self._complete:
-            batch, counts = self._batch_centroids(logits, target, gather=updating and self.mode == "ema")
-            if updating and self.mode == "ema":
-                self._move(batch, counts)
-            elif updating:
+            collecting = updating and self.mode == "epoch"  # each rank its own rows, until the epoch's end
+            batch, counts = self._batch_centroids(logits, target, gather=self.training and not collecting)
+            if collecting:
                 _merge(self.pending, self.pending_counts, batch, counts)
+                if self.process_group is not None and not self._complete:
+                    batch, counts = self._batch_centroids(logits, target, gather=True)
+            elif updating:
+                self._move(batch, counts)
             # A class without a finite row so far gets the uniform distribution: its loss is NaN anyway.
             batch.masked_fill_((counts == 0).unsqueeze(1), 1 / self.num_classes)
             result = torch.where((self.counts > 0).unsqueeze(1), self.centroids, batch)

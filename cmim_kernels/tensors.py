@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLAIN = Tensor.__torch_dispatch__
 
 

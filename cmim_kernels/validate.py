@@ -17,9 +17,8 @@ from torch import Tensor
 
 from . import reference
 from .autograd import LossOptions
-from .tensors import without_data
+from .tensors import LOGIT_DTYPES, without_data
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _REDUCTIONS: dict[str, int] = {"none": reference.NONE, "mean": reference.MEAN, "sum": reference.SUM}
 
 
@@ -28,7 +27,7 @@ def check_batch(logits: Tensor, target: Tensor) -> None:
     if not (
         isinstance(logits, Tensor)
         and isinstance(target, Tensor)
-        and logits.dtype in _DTYPES
+        and logits.dtype in LOGIT_DTYPES
         and target.dtype is torch.int64
         and len(shape := logits.shape) == 2
         and len(rows := target.shape) == 1
@@ -45,7 +44,7 @@ def _bad_batch(logits: Any, target: Any) -> Exception:
     for name, value in (("logits", logits), ("target", target)):
         if not isinstance(value, Tensor):
             return TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if logits.dtype not in _DTYPES:
+    if logits.dtype not in LOGIT_DTYPES:
         return TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
     if logits.layout is not torch.strided:
         return TypeError(f"logits must be a dense tensor, got layout {logits.layout}")
@@ -176,9 +175,9 @@ def check_before_logits(name: str, value: object, shape: tuple[int | None, ...])
     """What can be said of `weight` or `centroids` before there are logits; None stands for C in `shape`."""
     value = _floating(name, value)
     c = value.shape[-1] if value.dim() else None
-    if tuple(value.shape) != tuple(c if size is None else size for size in shape):
-        wanted = ", ".join("C" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must be of shape ({wanted}), got {tuple(value.shape)}")
+    if c == 0 or tuple(value.shape) != tuple(c if size is None else size for size in shape):
+        wanted = ", ".join("C" if size is None else str(size) for size in shape) + "," * (len(shape) == 1)
+        raise ValueError(f"{name} must be of shape ({wanted}) with C >= 1, got {tuple(value.shape)}")
     _check_values(name, value)
 
 

@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ OPTIONS = {
 }
 
 
+MODES = ("ema", "epoch", "fixed")
+
+
+def bank_losses(
+    mode: str, model: nn.Module, x: Tensor, target: Tensor, group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """Before any class is known, and one step later."""
+    bank = ck.CentroidBank(4, mode=mode, process_group=group, dtype=torch.float64)  # type: ignore[arg-type]
+    module = ck.CMIMLoss(centroids=bank, process_group=group)
+    return [module(model(step * x), target).detach() for step in (1, 2)]
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
@@ -61,6 +74,13 @@ def worker(rank: int, folder: str) -> None:
     results["centroids"] = ck.class_centroids(model(x), target, process_group=group)
     module = ck.CMIMLoss(process_group=group)
     results["module"] = (module(model(x), target).detach(), module(model(x), target).detach())
+    for mode in MODES:
+        results[mode] = tuple(bank_losses(mode, model.module, x, target, group))
+    for wrong in (x[:, : 3 + rank], x[:, :4].to((torch.float16, torch.bfloat16)[rank])):
+        with pytest.raises(ValueError, match=r"logits must have the same classes and dtype.*\(5, .*\(8, "):
+            ck.fused_cmi_loss(wrong, target % 3, process_group=group)
+    with pytest.raises(TypeError, match=r"process_group must be a torch.distributed.ProcessGroup, got str"):
+        ck.fused_cmi_loss(x[:, :4], target, process_group="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"reduction.*process_group"):
         ck.fused_cmi_loss(model(x), target, process_group=group, reduction="none")
     (gradient,) = torch.autograd.grad(
@@ -125,6 +145,21 @@ def test_centroids_and_counts(results: list[dict[str, tuple[Tensor, Tensor]]]) -
 def test_module(results: list[dict[str, tuple[Tensor, Tensor]]]) -> None:
     for rank in range(WORLD):
         torch.testing.assert_close(results[rank]["module"][0], expected("mean")[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_banks_fall_back_to_the_batch_of_all_ranks(
+    results: list[dict[str, tuple[Tensor, Tensor]]], mode: str
+) -> None:
+    expected = bank_losses(mode, network(), *whole_batch(), None)
+    for rank in range(WORLD):
+        torch.testing.assert_close(results[rank][mode], tuple(expected))
+
+
+@pytest.mark.parametrize("make", [ck.CMIMLoss, lambda **options: ck.CentroidBank(4, **options)])
+def test_modules_take_process_groups_only(make: Callable[..., nn.Module]) -> None:
+    with pytest.raises(TypeError, match=r"process_group must be a torch.distributed.ProcessGroup, got int"):
+        make(process_group=3)
 
 
 def test_without_a_process_group_initialised() -> None:
