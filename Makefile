@@ -57,6 +57,7 @@ unit: $(VENV)/dev.stamp ## the other tests
 	$(BIN)/python -m pytest -m "not interpreter and speed"
 
 bench: $(VENV)/dev.stamp ## time the loss against F.cross_entropy, print tables, plot
+	@mkdir -p out
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=out/benchmarks.json
 	$(BIN)/python benchmarks/report.py out/benchmarks.json
 

@@ -68,9 +68,11 @@ def why_not(name: str, device: str) -> str | None:
     """Why a contender cannot be timed on this device; None if it can."""
     if name in FUSED:
         backend = name.removeprefix("fused[").removesuffix("]")
-        if (backend == "cpu") != (device == "cpu"):
-            return f"does not serve {device} tensors"
-        return available_backends()[backend]
+        reason = available_backends()[backend]
+        if reason is None:
+            module = importlib.import_module(f"cmim_kernels.backends.{backend}")
+            reason = module.refuses(torch.empty(1, 1, device=device), 1)
+        return reason
     if name == "Liger cross entropy":
         if device == "cpu":
             return "is a Triton kernel for GPUs"

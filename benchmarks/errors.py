@@ -8,15 +8,14 @@ Prints Markdown tables; --update puts them between the marks of a document, as r
 from __future__ import annotations
 
 import argparse
-import platform
 from functools import partial
 from pathlib import Path
 
 import torch
+from environment import environment
 from report import update
 from torch import Tensor
 
-import cmim_kernels
 from cmim_kernels import TemperatureSpectrum, cmi_spectrum, fused_cmi_loss
 from cmim_kernels.reference import MEAN, SPECTRUM
 from cmim_kernels.testing import base, regimes, truth, value_and_grad
@@ -99,8 +98,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     device = options.device or ("cpu" if options.backend == "cpu" else "cuda")
-    machine = f"{platform.processor() or platform.machine()}, PyTorch {torch.__version__}"
-    machine = f"cmim_kernels {cmim_kernels.__version__}, backend {options.backend} on {device}, {machine}"
+    it = environment()
+    machine = f"{it['cpu']}, {it['cpu_capability']}, PyTorch {it['torch']}, {it['date']}"
+    machine = f"cmim_kernels {it['cmim_kernels']}, backend {options.backend} on {device}, {machine}"
     tables = {
         "errors-collapse": collapse_table(options.backend, device),
         "errors-regimes": regime_table(options.backend, device),

@@ -98,9 +98,8 @@ class _OwnedLoss(torch.autograd.Function):
         elif gradient is None or without_data(grad):  # given away before
             gradient = _computed_gradient(ctx, grad, gradient)
         elif not grad.is_cpu or (scale := grad.item()) != 1.0:
-            if grad.is_cpu and not math.isfinite(scale):  # scaled, rows that are ignored would not stay 0
-                gradient = _computed_gradient(ctx, grad, None)
-            elif gradient.dtype == torch.bfloat16:  # the operator knows what rounds a second time
+            # The operator knows what rounds a second time, and that rows which are ignored stay 0.
+            if gradient.dtype == torch.bfloat16 or (grad.is_cpu and not math.isfinite(scale)):
                 gradient = _computed_gradient(ctx, grad, gradient)
             else:
                 gradient.mul_(grad)

@@ -112,14 +112,20 @@ class ClusterSums:
 
 
 def summarise(
-    logits: Tensor, target: Tensor, spectrum: TemperatureSpectrum, ignore_index: int
+    logits: Tensor, target: Tensor, num_classes: int, spectrum: TemperatureSpectrum, ignore_index: int
 ) -> tuple[ClusterSums, Tensor]:
     """Statistics of a batch, logits (N, C) and target (N,), by the L classes present; and those, (L,).
+
+    `num_classes` is what C has to be.
 
     Raises:
         TypeError, ValueError: wrong shape or dtype, a label out of range, logits of NaN or +inf, a row of
         -inf only.
     """
+    for name, value in (("logits", logits), ("target", target)):
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            kind = f"layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a dense tensor, got {kind}")
     if not logits.is_floating_point() or target.dtype != torch.int64:
         raise TypeError(f"logits must be floating point and target int64, got {logits.dtype}, {target.dtype}")
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
@@ -127,13 +133,15 @@ def summarise(
             f"logits must be of shape (N, C), target (N,), "
             f"got {tuple(logits.shape)} and {tuple(target.shape)}"
         )
+    C = logits.shape[1]
+    if num_classes != C:
+        raise ValueError(f"logits must have {num_classes} classes, got {C}")
     kept = target != ignore_index
     logits, target = logits[kept].double(), target[kept]
-    C = logits.shape[1]
     if bool(((target < 0) | (target >= C)).any()):
         low, high = (int(label) for label in target.aminmax())
         raise ValueError(f"target must lie in [0, {C}) or be {ignore_index} (ignored), got {low} to {high}")
-    top = logits.amax(1, keepdim=True) if C else logits
+    top = logits.amax(1, keepdim=True)
     if not bool(top.isfinite().all()):  # amax passes NaN on
         raise ValueError("every row of logits needs a finite maximum, got NaN, +inf or a row of -inf only")
     classes, cluster = target.unique(return_inverse=True)

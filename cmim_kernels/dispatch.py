@@ -51,7 +51,7 @@ def pick(name: str, logits: Tensor, temperatures: int) -> Backend | None:
             `auto` would have to choose while a CUDA graph is captured.
     """
     if name == "auto":
-        device = "cpu" if logits.is_cpu else logits.device.type  # a device object costs as much as the rest
+        device = "cpu" if logits.is_cpu else str(logits.device)  # a device object costs as much as the rest
         refusals = {}
         for candidate in _find_usable(device):
             reason = _modules[candidate].refuses(logits, temperatures)
@@ -81,12 +81,13 @@ def _find_usable(device: str) -> tuple[str, ...]:
     known = _usable_on.get(device)
     if known is not None:
         return known
-    if device == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    kind = device.partition(":")[0]  # devices of one kind may differ in what runs on them
+    if kind == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "backend 'auto' holds a backend against the reference on its first use, which cannot be done "
             "while a CUDA graph is captured: call the loss once before, or name a backend"
         )
-    reasons = {name: _why_untrusted(name, device) for name in _PREFERENCE.get(device, ())}
+    reasons = {name: _why_untrusted(name, device) for name in _PREFERENCE.get(kind, ())}
     usable = tuple(name for name, reason in reasons.items() if reason is None)
     if not usable and device != "meta":  # which computes nothing
         _warn_of_reference(f"{device} tensors", _reasons(reasons) or "no other backend serves them")

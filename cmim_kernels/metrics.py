@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +55,17 @@ class StreamingCMI:
         Raises:
             TypeError, ValueError: wrong shape or dtype, a label out of range, logits of NaN or +inf.
         """
-        if logits.dim() == 2 and logits.shape[1] != self.num_classes:
-            raise ValueError(f"logits must have {self.num_classes} classes, got {logits.shape[1]}")
-        sums, classes = summarise(logits, target, self.spectrum, self.ignore_index)
+        sums, classes = summarise(logits, target, self.num_classes, self.spectrum, self.ignore_index)
         self._sums.take_in(sums.to(self.device), classes.to(self.device))
 
     def merge(self, other: StreamingCMI) -> None:
-        """Takes in what another instance has seen, of the same spectrum and number of classes."""
+        """Takes in what another instance has seen, of the same spectrum and number of classes.
+
+        Raises:
+            TypeError, ValueError: `other` is something else.
+        """
+        if not isinstance(other, StreamingCMI):
+            raise TypeError(f"other must be a StreamingCMI, got {type(other).__name__}")
         if other.spectrum.inverse_temperatures != self.spectrum.inverse_temperatures:
             raise ValueError("cannot merge: the other instance has other temperatures")
         if other.num_classes != self.num_classes:
@@ -69,7 +73,10 @@ class StreamingCMI:
         self._sums.take_in(other._sums.to(self.device), torch.arange(self.num_classes, device=self.device))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Pools what all ranks of a process group have seen; every rank then holds all of it."""
+        """Pools what all ranks of a process group have seen; every rank then holds all of it.
+
+        Once, at the end: a second time would count every row as often as there are ranks.
+        """
         sums = self._sums
         own_counts, own_mean = sums.counts.clone(), sums.mean.clone()
         sums.mean *= own_counts.unsqueeze(1)
@@ -105,6 +112,7 @@ def evaluate_concentration(
         group: pool the ranks' data; every rank has to call this with its own share, one batch at least.
 
     Raises:
+        TypeError: the loader or the model yields something else.
         ValueError: the loader is empty; or as `StreamingCMI.update`.
     """
     if device is None:
@@ -113,8 +121,14 @@ def evaluate_concentration(
     model.eval()
     metric = None
     try:
-        for inputs, target, *_ in loader:
+        for batch in loader:
+            if not isinstance(batch, Sequence) or len(batch) < 2:
+                raise TypeError(f"loader must yield (inputs, target, ...), got {type(batch).__name__}")
+            inputs, target = batch[:2]
             logits = model(inputs.to(device))
+            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise TypeError(f"model must return logits of shape (N, C), got {shape}")
             if metric is None:
                 metric = StreamingCMI(
                     logits.shape[1], temperatures, ignore_index=ignore_index, device=logits.device

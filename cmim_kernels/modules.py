@@ -81,6 +81,12 @@ class CMIMLoss(nn.Module):
                 check_before_logits("centroids", centroids, (len(self.spectrum), None, None))
             self.register_buffer("centroids", centroids)
         elif isinstance(centroids, Centroids) and not isinstance(centroids, type):
+            ignored = getattr(centroids, "ignore_index", self.ignore_index)
+            if ignored != self.ignore_index:
+                raise ValueError(
+                    f"centroids must ignore the rows that the loss does, of target {self.ignore_index}, "
+                    f"got a bank with ignore_index {ignored}"
+                )
             self.centroids = centroids
         else:
             kind = "a class" if isinstance(centroids, type) else type(centroids).__name__

@@ -43,7 +43,10 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        labels = torch.as_tensor(labels, device="cpu")
+        try:
+            labels = torch.as_tensor(labels, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"labels must be a sequence of integers, got {labels!r:.60}") from error
         if labels.dim() != 1 or labels.numel() == 0:
             raise ValueError(
                 f"labels must be of shape (rows,) with at least one row, got {tuple(labels.shape)}"

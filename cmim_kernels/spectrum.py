@@ -19,7 +19,7 @@ class TemperatureSpectrum:
     every call.
 
     Args:
-        temperatures: K positive finite numbers, or a 1-D CPU tensor of them.
+        temperatures: K numbers in [1e-6, 1e6], or a 1-D CPU tensor of them.
         weights: K finite non-negative numbers, or a 1-D CPU tensor of them; 1/K each if not given, so that
             the sum is a mean over the temperatures.
 
@@ -42,18 +42,16 @@ class TemperatureSpectrum:
 
     def __init__(self, temperatures: Numbers, weights: Numbers | None = None) -> None:
         values = floats("temperatures", temperatures)
-        if not all(0 < t < math.inf and 1 / t < math.inf for t in values):
-            raise ValueError(f"temperatures must be positive and finite, got {list(values)}")
+        _check_range("temperatures", values)
         self._set(tuple(1 / t for t in values), weights)
 
     @classmethod
     def from_inverse(
         cls, inverse_temperatures: Numbers, weights: Numbers | None = None
     ) -> TemperatureSpectrum:
-        """The spectrum with exactly these a_k = 1 / T_k, K positive finite numbers; `weights` as above."""
+        """The spectrum with exactly these a_k = 1 / T_k, K numbers in [1e-6, 1e6]; `weights` as above."""
         values = floats("inverse_temperatures", inverse_temperatures)
-        if not all(0 < a < math.inf and 1 / a < math.inf for a in values):
-            raise ValueError(f"inverse_temperatures must be positive and finite, got {list(values)}")
+        _check_range("inverse_temperatures", values)
         self = cls.__new__(cls)
         self._set(values, weights)
         return self
@@ -84,6 +82,7 @@ class TemperatureSpectrum:
         """n temperatures from `t_min` to `t_max` in equal ratios, weights 1/n."""
         for name, value in (("t_min", t_min), ("t_max", t_max)):
             _positive_finite(name, value)
+            _check_range(name, [value])
         if t_min > t_max:
             raise ValueError(f"t_min must not exceed t_max, got t_min={t_min!r} and t_max={t_max!r}")
         n = checked_count("n", n)
@@ -218,6 +217,12 @@ def _legendre(x: float, n: int) -> tuple[float, float]:
     for m in range(2, n + 1):
         before, p = p, ((2 * m - 1) * x * p - (m - 1) * before) / m
     return p, n * (x * p - before) / (x * x - 1)
+
+
+def _check_range(name: str, values: Sequence[float]) -> None:
+    """Far beyond what is of use, and within what is accurate: see docs/numerics.md."""
+    if not all(1e-6 <= value <= 1e6 for value in values):  # false for NaN
+        raise ValueError(f"{name} must lie in [1e-6, 1e6], got {list(values)}")
 
 
 DEFAULT_SPECTRUM = TemperatureSpectrum.uniform(1.0, 8)

@@ -58,11 +58,10 @@ class CMIMetric(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
         return super()._apply(keeping_dtype(fn), exclude_state)
 
+    @torch.no_grad()
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Takes in one batch."""
-        if logits.dim() == 2 and logits.shape[1] != self.num_classes:
-            raise ValueError(f"logits must have {self.num_classes} classes, got {logits.shape[1]}")
-        sums, classes = summarise(logits.detach(), target, self.spectrum, self.ignore_index)
+        sums, classes = summarise(logits, target, self.num_classes, self.spectrum, self.ignore_index)
         state = self._sums()
         state.take_in(sums.to(state.counts.device), classes.to(state.counts.device))
 

@@ -177,8 +177,10 @@ Tensor loss_backward(Tensor grad, Tensor saved, Tensor logits, Tensor target, Do
                                                                 : 1;
   STD_TORCH_CHECK(int64_t(upstream.size()) == expected, "grad: expected ", expected, " elements");
   Tensor out = empty({q.rows, q.classes}, logits.scalar_type());
+  // Multiplied by an infinite number or NaN, rows that are ignored would not stay 0.
   if (expected == 1 && q.reduction != Reduction::none && q.reduction != Reduction::spectrum &&
-      saved.numel() > 0 && (saved.scalar_type() == type || scales_exactly(upstream[0]))) {
+      saved.numel() > 0 && std::isfinite(upstream[0]) &&
+      (saved.scalar_type() == type || scales_exactly(upstream[0]))) {
     STD_TORCH_CHECK(
         saved.numel() == out.numel() && saved.is_contiguous() && saved.scalar_type() == saved_type(logits),
         "saved: expected what the forward operator returned");

@@ -97,7 +97,7 @@ def test_value_semantics() -> None:
             ValueError,
             "max_inverse_temperature must be positive",
         ),
-        (lambda: TemperatureSpectrum([0.0]), ValueError, "temperatures must be positive"),
+        (lambda: TemperatureSpectrum([0.0]), ValueError, "temperatures must lie in"),
         (lambda: TemperatureSpectrum([1.0], [1.0, 2.0]), ValueError, "temperature_weights"),
         (lambda: TemperatureSpectrum([1.0], [-1.0]), ValueError, "temperature_weights"),
         (lambda: TemperatureSpectrum([1.0], ["1"]), TypeError, "temperature_weights"),

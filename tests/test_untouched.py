@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -192,16 +193,22 @@ class TestTheGradientHasOneOwner:
             (scaled,) = torch.autograd.grad(fresh * factor, leaf)
             torch.testing.assert_close(scaled, factor * plain, rtol=1e-6, atol=0)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("saved", [False, True], ids=["kept", "by_hooks"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("upstream", [torch.inf, torch.nan])
-    def test_upstream_that_is_no_number(self, place: Place, upstream: float, dtype: torch.dtype) -> None:
+    def test_upstream_that_is_no_number(
+        self, place: Place, upstream: float, dtype: torch.dtype, saved: bool
+    ) -> None:
         """Rows that are ignored stay out of it, where a device need not be waited for to find out."""
         if place.device != "cpu":
             pytest.skip("on a device the gradient is scaled as it is")
         logits, target = regime("random").make(dtype, place.device)
         target[3] = -100
         leaf = logits.clone().requires_grad_()
-        ck.fused_cmi_loss(leaf, target, backend=place.name).backward(torch.tensor(upstream))
+        hooks = torch.autograd.graph.save_on_cpu() if saved else nullcontext()
+        with hooks:
+            value = ck.fused_cmi_loss(leaf, target, backend=place.name)
+        value.backward(torch.tensor(upstream, dtype=value.dtype))
         assert leaf.grad is not None
         assert leaf.grad[3].count_nonzero() == 0
         assert not leaf.grad[target != -100].isfinite().any()
