@@ -59,8 +59,8 @@ def fused_cmi_loss(
             backward. Arithmetic is float32 (float64 for float64). -inf masks a class out for that row; NaN or
             +inf makes the loss NaN.
         target: (N,) int64 class indices in [0, C), or `ignore_index`.
-        temperatures: a `TemperatureSpectrum` (best: it is prepared once), a sequence of positive numbers, or
-            a 1-D CPU tensor of them.
+        temperatures: a `TemperatureSpectrum` (best: it is prepared once), a sequence of numbers in
+            [1e-6, 1e6], or a 1-D CPU tensor of them.
         temperature_weights: w_k, K non-negative numbers; those of the spectrum, or 1/K each, if not given.
         ce_weight: factor of the cross entropy, finite and non-negative. A term with factor 0 is left out.
         cmi_weight: factor of the CMI, finite and non-negative. With 0 the loss is `F.cross_entropy` (in
@@ -78,8 +78,8 @@ def fused_cmi_loss(
             the rows, or "none": (N,), 0 in ignored rows.
         process_group: clusters and means extend over the batches of all ranks of this group; every rank
             returns the global loss, and the gradients are right after averaging over ranks, as
-            DistributedDataParallel does. Row counts may differ. Not with reduction "none", double backward,
-            forward mode or `torch.func`.
+            DistributedDataParallel does. Row counts may differ, classes and dtype not. Not with reduction
+            "none", double backward, forward mode or `torch.func`.
         backend: "auto", the fastest that serves the call, with a warning where that is the reference; or
             "cpu", "cuda", "triton", "reference": used, or an error with the reason.
 
@@ -90,8 +90,8 @@ def fused_cmi_loss(
     Raises:
         TypeError, ValueError: an argument is not what is described above. A label out of range is found on
             the CPU; elsewhere, and under `torch.func` or a tracer, it makes the loss NaN and is never read
-            through. Given centroids and class
-            weights are looked into on the CPU only.
+            through. Given centroids and class weights are looked into on the CPU only, and not under a
+            tracer.
         RuntimeError: the backend asked for cannot be used; says why. With the CUDA backend also: an earlier
             call had a label out of range; names the label and its row.
     """
