@@ -24,7 +24,7 @@ _CHECKED_FIRST = ("cuda", "triton")  # by selfcheck.py, before `auto` trusts the
 
 # Filled on first use, so that importing the package initialises no device.
 _modules: dict[str, Backend] = {}
-_usable_on: dict[str, tuple[str, ...]] = {}
+_untrusted_on: dict[tuple[str, str], str | None] = {}  # (backend, device) -> why not
 _warned: set[str] = set()
 
 
@@ -51,15 +51,22 @@ def pick(name: str, logits: Tensor, temperatures: int) -> Backend | None:
             `auto` would have to choose while a CUDA graph is captured.
     """
     if name == "auto":
-        device = "cpu" if logits.is_cpu else str(logits.device)  # a device object costs as much as the rest
-        refusals = {}
-        for candidate in _find_usable(device):
+        # a device object costs as much as the rest
+        kind, device = ("cpu", "cpu") if logits.is_cpu else (logits.device.type, str(logits.device))
+        untrusted, refusals = {}, {}
+        for candidate in _PREFERENCE.get(kind, ()):
+            reason = _why_untrusted(candidate, device)
+            if reason is not None:
+                untrusted[candidate] = reason
+                continue
             reason = _modules[candidate].refuses(logits, temperatures)
             if reason is None:
                 return _modules[candidate]
             refusals[candidate] = reason
         if refusals:
             _warn_of_reference("this call", _reasons(refusals))
+        elif kind != "meta":  # which computes nothing
+            _warn_of_reference(f"{kind} tensors", _reasons(untrusted) or "no other backend serves them")
         return None
     if name == REFERENCE:
         return None
@@ -74,25 +81,6 @@ def _constant_to_the_compiler(function: Function) -> Function:
     """`torch.compiler.assume_constant_result`, which imports the whole compiler to set this attribute."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-@_constant_to_the_compiler
-def _find_usable(device: str) -> tuple[str, ...]:
-    known = _usable_on.get(device)
-    if known is not None:
-        return known
-    kind = device.partition(":")[0]  # devices of one kind may differ in what runs on them
-    if kind == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "backend 'auto' holds a backend against the reference on its first use, which cannot be done "
-            "while a CUDA graph is captured: call the loss once before, or name a backend"
-        )
-    reasons = {name: _why_untrusted(name, device) for name in _PREFERENCE.get(kind, ())}
-    usable = tuple(name for name, reason in reasons.items() if reason is None)
-    if not usable and device != "meta":  # which computes nothing
-        _warn_of_reference(f"{device} tensors", _reasons(reasons) or "no other backend serves them")
-    _usable_on[device] = usable
-    return usable
 
 
 def _reasons(reasons: Mapping[str, str | None]) -> str:
@@ -117,12 +105,24 @@ def _frames_to_the_caller() -> int:
     return level
 
 
+@_constant_to_the_compiler
 def _why_untrusted(name: str, device: str) -> str | None:
-    """For `auto`: why it is not usable, or what it gets wrong on this machine."""
+    """For `auto`: why it is not usable, or what it gets wrong on this device. Found out once, when it is the
+    first that may serve a call; devices of one kind may differ in what runs on them.
+    """
+    key = name, device
+    if key in _untrusted_on:
+        return _untrusted_on[key]
+    if device.startswith("cuda") and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "backend 'auto' holds a backend against the reference on its first use, which cannot be done "
+            "while a CUDA graph is captured: call the loss once before, or name a backend"
+        )
     reason = _why_unusable(name)
     if reason is None and name in _CHECKED_FIRST:
         wrong = mismatch(_modules[name], device)
         reason = wrong and f"it fails its check on this machine: {wrong}"
+    _untrusted_on[key] = reason
     return reason
 
 

@@ -1,12 +1,15 @@
 """Whether a backend computes the loss right on this machine: small batches against the reference in float64.
 
 The kernels for GPUs were proved by compilers, an emulator and an interpreter; drivers, compilers and devices
-differ. So `auto` trusts one only after this check, once for each process, which takes some milliseconds and
-waits for the device. `python -m cmim_kernels --check` runs it for every backend that is usable.
+differ. So `auto` trusts one only after this check, once for each process and device, which waits for the
+device: some milliseconds, and for Triton, until its kernels are in its cache, a minute or two of compiling.
+`python -m cmim_kernels --check` runs it for every backend that is usable.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -47,15 +50,36 @@ def mismatch(backend: Backend, device: str) -> str | None:
     # Whatever the first call is made in: modes of the dispatcher, transforms of torch.func
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-    with torch.no_grad(), _disable_current_modes(), temporarily_clear_interpreter_stack():
+    with (
+        torch.no_grad(),
+        _disable_current_modes(),
+        temporarily_clear_interpreter_stack(),
+        _waiting_allowed(device),
+    ):
         for batch in _BATCHES:
             try:
                 wrong = _compare(backend, device, batch)
-            except RuntimeError as error:
-                wrong = f"it raised {error}"
+            except torch.OutOfMemoryError:  # no fault of the backend
+                raise
+            except Exception as error:  # compilers and drivers have their own, of any kind
+                wrong = f"it raised {type(error).__name__}: {error}"
             if wrong is not None:
                 return f"on {batch.rows}x{batch.logits} {batch.dtype} logits {wrong}"
     return None
+
+
+@contextmanager
+def _waiting_allowed(device: str) -> Iterator[None]:
+    """Whatever the caller has said of calls that wait for the device."""
+    mode = torch.cuda.get_sync_debug_mode() if device.startswith("cuda") else 0
+    if mode == 0:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode(0)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _compare(backend: Backend, device: str, batch: _Batch) -> str | None:

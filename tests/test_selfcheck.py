@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +41,7 @@ def without_number(*arguments: Any) -> Tensor:
 
 
 def failing(*arguments: Any) -> Tensor:
-    raise RuntimeError("no such kernel image")
+    raise subprocess.CalledProcessError(1, "gcc")  # as Triton's own compilers do
 
 
 def test_a_right_backend_passes() -> None:
@@ -55,7 +56,7 @@ def test_a_right_backend_passes() -> None:
         ({"loss_backward": wrong_gradient}, "the gradient is off by 1.0e-03"),
         ({"loss_backward": without_number}, "the gradient is off by nan"),
         ({"loss": wrong_loss}, "the loss is off by"),
-        ({"loss_backward": failing}, "it raised no such kernel image"),
+        ({"loss_backward": failing}, "it raised CalledProcessError: Command 'gcc' returned"),
     ],
     ids=["gradient", "nan", "loss", "raises"],
 )
@@ -71,7 +72,7 @@ def test_auto_trusts_only_what_passed(right: bool, monkeypatch: pytest.MonkeyPat
     candidate = broken() if right else broken(loss_backward=wrong_gradient)
     monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("cuda",)})
     monkeypatch.setattr(dispatch, "_modules", {"cuda": candidate})
-    monkeypatch.setattr(dispatch, "_usable_on", {})
+    monkeypatch.setattr(dispatch, "_untrusted_on", {})
     logits = torch.randn(4, 3)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -88,10 +89,29 @@ def test_auto_trusts_only_what_passed(right: bool, monkeypatch: pytest.MonkeyPat
     assert dispatch.pick("cuda", logits, 8) is candidate  # asked for by name, it is used
 
 
+def test_auto_asks_no_further_than_it_has_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check of Triton's kernels compiles them."""
+    asked = []
+
+    def second(*arguments: Any) -> tuple[Tensor, Tensor]:
+        asked.append(arguments)
+        return cpu.loss(*arguments)
+
+    only_eight = broken(refuses=lambda logits, temperatures: None if temperatures == 8 else "not so many")
+    modules = {"cuda": only_eight, "triton": broken(loss=second)}
+    monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("cuda", "triton")})
+    monkeypatch.setattr(dispatch, "_modules", modules)
+    monkeypatch.setattr(dispatch, "_untrusted_on", {})
+    assert dispatch.pick("auto", torch.randn(4, 3), 8) is modules["cuda"]
+    assert not asked
+    assert dispatch.pick("auto", torch.randn(4, 3), 9) is modules["triton"]
+    assert asked
+
+
 def test_a_call_that_auto_leaves_to_the_reference_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = broken(refuses=lambda logits, temperatures: f"it serves no {temperatures} temperatures")
     monkeypatch.setattr(dispatch, "_modules", {"cpu": refusing})
-    monkeypatch.setattr(dispatch, "_usable_on", {"cpu": ("cpu",)})
+    monkeypatch.setattr(dispatch, "_untrusted_on", {("cpu", "cpu"): None})
     monkeypatch.setattr(dispatch, "_warned", set())
     logits, target = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
     with warnings.catch_warnings(record=True) as said:
@@ -110,7 +130,7 @@ def test_the_callers_defaults_and_transforms_do_not_matter(
     monkeypatch.setattr(dispatch, "_CHECKED_FIRST", ("cpu",))
     logits, target = torch.randn(2, 4, 3), torch.zeros(4, dtype=torch.int64)
     expected = ck.fused_cmi_loss(logits[0], target, backend="cpu")
-    monkeypatch.setattr(dispatch, "_usable_on", {})
+    monkeypatch.setattr(dispatch, "_untrusted_on", {})
     if inside == "vmap":
         found = torch.vmap(lambda z: ck.fused_cmi_loss(z, target))(logits)[0]
     else:
@@ -127,14 +147,14 @@ def test_the_callers_defaults_and_transforms_do_not_matter(
 
 def test_auto_does_not_choose_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference, taken in passing, would be in the graph for good."""
-    monkeypatch.setattr(dispatch, "_usable_on", {})
+    monkeypatch.setattr(dispatch, "_untrusted_on", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode():
         logits = torch.empty(4, 3, device="cuda")
         with pytest.raises(RuntimeError, match="call the loss once before"):
             dispatch.pick("auto", logits, 8)
-    assert dispatch._usable_on == {}
+    assert dispatch._untrusted_on == {}
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

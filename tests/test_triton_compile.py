@@ -108,6 +108,7 @@ IR_CASES = [
     "8192x32768 bfloat16, rows",
     "256x1000, centroids",
     "256x1000 strided, weights and smoothing",
+    "256x1000, spectrum",
 ]
 
 

@@ -330,7 +330,7 @@ def gradient_kernel(
         a = tl.load(table + k).to(tl.float32)
         T = (a, base, floor)
         if REDUCTION == SPECTRUM:
-            order = tl.load(table + 2 * KC + k).to(tl.int32)
+            order = tl.load(table + 2 * KC + k).to(tl.int64)
             c = a * norm * tl.load(grad + order * grad_stride, mask=k < K, other=0.0)
         else:
             c = a * (norm * cmi_weight) * tl.load(table + KC + k).to(tl.float32)

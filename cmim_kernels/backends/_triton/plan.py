@@ -176,10 +176,11 @@ def vector(t: Tensor) -> int:
     return width
 
 
-# The tables of spectra on a device, kept: making one is a copy from the host. Where so many others have been
-# made since, no launch can be waiting any more to read the oldest. What a CUDA graph reads is kept for good.
+# The tables of spectra on a device, kept: making one is a copy from the host. Each stream has its own, since
+# another's copy may not have run yet. Where so many others have been made since, no launch can be waiting any
+# more to read the oldest. What a CUDA graph reads is kept for good.
 MOST_TABLES = 4096
-_tables: dict[tuple[Temperatures, torch.device], Tensor] = {}
+_tables: dict[tuple[Temperatures, torch.device, int], Tensor] = {}
 _of_graphs: dict[tuple[Temperatures, torch.device], Tensor] = {}
 
 
@@ -189,8 +190,14 @@ def table(t: Temperatures, device: torch.device) -> Tensor:
     No wait for the device: the copy is from pinned memory. One that a CUDA graph records is done when the graph
     runs, from memory that has to be there then, and to memory that nobody else may read.
     """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    made = _tables.get((t, device))
+    stream, capturing = 0, False
+    if device.type == "cuda":
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        with torch.cuda.device(device):
+            capturing = torch.cuda.is_current_stream_capturing()
+    made = _tables.get((t, device, stream))
+    if made is None and capturing:  # which begins when the device has done all that was asked of it
+        made = next((other for key, other in tuple(_tables.items()) if key[:2] == (t, device)), None)
     if made is not None:
         if capturing:
             _of_graphs[t, device] = made
@@ -207,5 +214,5 @@ def table(t: Temperatures, device: torch.device) -> Tensor:
         return made
     if len(_tables) >= MOST_TABLES:
         del _tables[next(iter(_tables))]
-    _tables[t, device] = made
+    _tables[t, device, stream] = made
     return made
