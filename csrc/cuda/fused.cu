@@ -289,9 +289,11 @@ __device__ __forceinline__ bool on_chip(Block<T>& b, const Forward<typename T::A
   return false;
 }
 
-// Whether the gradient that forward left is rounded no second time when it is scaled
+// Whether the gradient that forward left is rounded no second time when it is scaled, and rows that are
+// ignored stay 0
 template <class T>
 __device__ bool scales_exactly(const Problem<typename T::A>& q, typename T::A upstream) {
+  if (upstream - upstream != 0) return false;   // infinite or NaN
   if (q.storage != Storage::bf16) return true;  // it is rounded once more, as its own sums were
   const auto bits = bit_cast<uint32_t>(float(upstream));
   return (bits & 0x7fffffu) == 0;
