@@ -53,17 +53,16 @@ def pick(name: str, logits: Tensor, temperatures: int) -> Backend | None:
     if name == "auto":
         # a device object costs as much as the rest
         kind, device = ("cpu", "cpu") if logits.is_cpu else (logits.device.type, str(logits.device))
-        untrusted, refusals = {}, {}
-        for candidate in _PREFERENCE.get(kind, ()):
-            reason = _why_untrusted(candidate, device)
-            if reason is not None:
-                untrusted[candidate] = reason
-                continue
-            reason = _modules[candidate].refuses(logits, temperatures)
-            if reason is None:
-                return _modules[candidate]
-            refusals[candidate] = reason
-        if refusals:
+        candidates = _PREFERENCE.get(kind, ())
+        for candidate in candidates:
+            if _why_untrusted(candidate, device) is None:
+                module = _modules[candidate]
+                if module.refuses(logits, temperatures) is None:
+                    return module
+        untrusted = {candidate: _why_untrusted(candidate, device) for candidate in candidates}
+        trusted = [candidate for candidate, reason in untrusted.items() if reason is None]
+        if trusted:
+            refusals = {candidate: _modules[candidate].refuses(logits, temperatures) for candidate in trusted}
             _warn_of_reference("this call", _reasons(refusals))
         elif kind != "meta":  # which computes nothing
             _warn_of_reference(f"{kind} tensors", _reasons(untrusted) or "no other backend serves them")

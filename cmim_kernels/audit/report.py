@@ -159,13 +159,12 @@ class AuditReport:
         try:
             report.baselines = report._accuracies(report.baselines)
             report.results = {name: report._accuracies(each) for name, each in report.results.items()}
-            whole = set(report.results) <= set(report.attacks) and all(
-                set(report.teachers) <= set(each) for each in report.results.values()
-            )
+            if not set(report.results) <= set(report.attacks) or any(
+                not set(report.teachers) <= set(each) for each in report.results.values()
+            ):
+                raise ValueError("it lacks teachers or attacks that it has results of")
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"a damaged audit report: {error}") from error
-        if not whole:
-            raise ValueError("a damaged audit report: it lacks teachers or attacks that it has results of")
         return report
 
     def _accuracies(self, found: Mapping[str, Sequence[float | None]]) -> dict[str, list[float]]:

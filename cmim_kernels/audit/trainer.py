@@ -15,8 +15,8 @@ from .data import LABELS_ONLY, AuditData
 from .students import StudentFactory, Students, StudentTraining, batches, seeded, take
 
 _MIXUP_QUERIES = 4  # mixtures asked for, per row of the attacker's own
-_TRIED = 64  # test rows that tell students apart
 _MIXUP_BETA = 0.4  # MixKD draws the share of a mixture from Beta(a, a)
+_TRIED = 64  # test rows that tell students apart
 
 
 class Trainer:

@@ -38,7 +38,8 @@ def tune_training(
         learning_rates, weight_decays: the grid; where several are equally good, the first.
 
     Raises:
-        ValueError: an argument out of range, an empty grid, or students that all diverged.
+        ValueError: an argument out of range, an empty grid, students that all diverged, or seeds that all
+            train the same one.
     """
     training = training or StudentTraining()
     grid = {
