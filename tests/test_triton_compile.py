@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from triton_offline import CASES, MI300, SHARED_LIMIT, Case, Launch, compiled, c
 import cmim_kernels as ck
 from cmim_kernels.backends import triton as backend
 from cmim_kernels.backends._triton import plan
-from cmim_kernels.backends._triton.launch import launcher
+from cmim_kernels.backends._triton.launch import kernel
 from cmim_kernels.reference import MEAN, NONE, SPECTRUM
 
 pytestmark = pytest.mark.skipif(plan.interpreting(), reason="compiles what the interpreter replaces")
@@ -135,10 +136,10 @@ def test_intermediate_representation(case: str) -> None:
 
 def test_kernels_compile_for_amd() -> None:
     for launch in CASES["256x1000"].launches():
-        kernel = compiled(launch, MI300)
-        assert len(kernel.asm["hsaco"]) > 0
-        assert re.search(r"\.vgpr_spill_count: 0\b", kernel.asm["amdgcn"]), launch.kernel
-        assert kernel.metadata.shared <= 64 * 1024
+        made = compiled(launch, MI300)
+        assert len(made.asm["hsaco"]) > 0
+        assert re.search(r"\.vgpr_spill_count: 0\b", made.asm["amdgcn"]), launch.kernel
+        assert made.metadata.shared <= 64 * 1024
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, 64])
@@ -165,10 +166,10 @@ def test_tables_are_kept_but_not_without_end(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(plan, "_tables", {})
     monkeypatch.setattr(plan, "MOST_TABLES", 3)
     device = torch.device("cpu")
-    made = [plan.table(plan.temperatures((2.0, 0.5), (1.0, float(w))), device) for w in range(5)]
+    made = [plan.table((2.0, 0.5), (1.0, float(w)), device) for w in range(5)]
     assert torch.equal(made[4], torch.tensor([[0.5, 2], [4, 1], [1, 0]], dtype=torch.float64))
     assert list(plan._tables.values()) == made[2:]
-    assert plan.table(plan.temperatures((2.0, 0.5), (1.0, 3.0)), device) is made[3]
+    assert plan.table((2.0, 0.5), (1.0, 3.0), device) is made[3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -219,81 +220,16 @@ def test_no_kernel_specialises_on_its_integers() -> None:
     for case in [*CASES.values(), Case(8192, 1000)]:
         for launch in case.launches():
             types = dict(launch.signature)
-            for parameter in launcher(launch.kernel).function.params:
+            for parameter in kernel(launch.kernel).function.params:
                 if types[parameter.name].startswith("i"):
                     seen.add(parameter.name)
                     assert parameter.do_not_specialize, (launch.kernel, parameter.name)
     assert {"N", "ignore_index", "row_units", "up_stride", "out_units", "chunks"} <= seen
 
 
-# A driver that has no device: kernels are compiled, and what would be launched is written down.
-LAUNCHED_AGAIN = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-
-class Utils:
-    def load_binary(self, *args): return 1, 1, 32, 0, 1024
-    def unload_module(self, module): pass
-    def get_device_properties(self, device): return {"max_shared_mem": 232448}
-
-class Driver:
-    utils = Utils()
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 7
-    def launcher_cls(self, source, metadata):
-        def launch(x, y, z, stream, function, packed, hooked, enter, leave, *args):
-            launched.append((source.fn.__name__, dict(source.attrs), (x, y, z), stream, args))
-        return launch
-
-driver.set_active(Driver())
-from cmim_kernels.backends import triton as backend
-from cmim_kernels.backends._triton.launch import launcher
-from cmim_kernels.reference import MEAN, NONE
-
-looked_up = []
-run = JITFunction.run
-JITFunction.run = lambda self, *args, **kwargs: looked_up.append(self) or run(self, *args, **kwargs)
-
-def call(logits, target, a, reduction):
-    launched.clear(), looked_up.clear()
-    arguments = (logits, target, a, (0.5,) * len(a), None, None, 1.0, 0.0, 0.0, -100, reduction)
-    value, saved = backend._loss(*arguments, True)
-    backend._loss_backward(torch.ones_like(value), saved, *arguments)
-    return list(launched), len(looked_up)
-
-def described(value):
-    return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else (type(value), value)
-
-launched = []  # of the cross entropy alone: its kernels are small
-logits, target = torch.randn(8, 40), torch.randint(0, 5, (9,))
-cases = [
-    (logits, target[:8], (0.5, 1.0), MEAN),
-    (logits, target[1:], (0.5, 1.0), MEAN),  # off by 8 bytes
-    (logits, target[:8], (0.5, 1.0), NONE),
-]
-compiled = set()
-for case in cases:
-    first, times = call(*case)
-    assert 1 <= times <= len(first), times
-    again, times = call(*case)
-    assert times == 0, "a compiled kernel is launched as it is"
-    assert [launch[:4] for launch in first] == [launch[:4] for launch in again]
-    for one, other in zip(first, again):
-        assert [described(x) for x in one[4]] == [described(x) for x in other[4]], one[0]
-        assert len(one[4]) > 20
-    rows = first[0]
-    assert rows[0] == "rows_kernel" and rows[3] == 7
-    compiled.add(str(rows[1]))
-assert len(compiled) == 2, compiled  # with the target's address a multiple of 16 bytes, and without
-assert [len(launcher(f"{name}_kernel").compiled) for name in ("rows.rows", "forward.forward")] == [2, 2]
-"""
-
-
 def test_a_compiled_kernel_is_launched_with_what_triton_would_have_given_it() -> None:
-    done = subprocess.run([sys.executable, "-c", LAUNCHED_AGAIN], capture_output=True, text=True, check=False)
+    script = Path(__file__).with_name("triton_launches.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

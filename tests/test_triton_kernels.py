@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from calls import SOME_GRIDS
@@ -9,7 +11,7 @@ from operator_calls import EIGHT, Operators, arguments, clusters
 
 from cmim_kernels import testing
 from cmim_kernels.backends import triton as backend
-from cmim_kernels.backends._triton import plan
+from cmim_kernels.backends._triton import calls, plan
 from cmim_kernels.backends._triton.plan import interpreting
 from cmim_kernels.reference import MEAN, NONE, SPECTRUM, SUM, class_centroids
 
@@ -24,11 +26,26 @@ check_norm = _operators.check_norm
 
 
 @pytest.fixture
-def many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Sets numbers of plan.py by name. Kept schedules, which were made with others, are forgotten."""
+
+    def forget() -> None:
+        for kept in (calls.forward, calls.backward, calls.centroids):
+            kept.cache_clear()
+
+    def change(**numbers: int) -> None:
+        for name, number in numbers.items():
+            monkeypatch.setattr(plan, name, number)
+        forget()
+
+    yield change
+    forget()
+
+
+@pytest.fixture
+def many_rows(cut: Callable[..., None]) -> None:
     """Rows are sorted first, clusters of more than 16 rows are shared out, and tiles are narrow."""
-    monkeypatch.setattr(plan, "TYPICAL_ROWS", 16)
-    monkeypatch.setattr(plan, "LARGE_ROWS", 16)
-    monkeypatch.setattr(plan, "NARROW", 16)
+    cut(TYPICAL_ROWS=16, LARGE_ROWS=16, NARROW=16)
 
 
 ROWS = 80  # five times as many as make a large cluster
@@ -74,20 +91,20 @@ class TestLargeClusters:
 
 @pytest.mark.parametrize("tile", [16, 32])
 @pytest.mark.parametrize("width", [1.5, 1e-3], ids=["wide", "collapsed"])
-def test_many_tiles_agree_with_one(width: float, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tiles_agree_with_one(width: float, tile: int, cut: Callable[..., None]) -> None:
     logits, target = clusters(width, n=40)
     args = arguments(target, ce_weight=0.0)
     value, gradient = run(logits, args)
-    monkeypatch.setattr(plan, "NARROW", tile)
+    cut(NARROW=tile)
     narrow_value, narrow_gradient = run(logits, args)
     torch.testing.assert_close(narrow_value, value, rtol=1e-6, atol=0)
     assert (narrow_gradient - gradient).norm() <= 1e-6 * gradient.norm()
     check(logits, args)
 
 
-def test_a_wide_tile_beside_a_collapsed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wide_tile_beside_a_collapsed_one(cut: Callable[..., None]) -> None:
     """Both forms in one row: their shares add up, and the negligible wide tile costs the other no digit."""
-    monkeypatch.setattr(plan, "NARROW", 16)
+    cut(NARROW=16)
     g = torch.Generator().manual_seed(5)
     target = torch.arange(24) % 3
     logits = torch.randn(3, 32, generator=g)[target] + 1e-4 * torch.randn(24, 32, generator=g)

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cmim_kernels.backends import triton as backend
-from cmim_kernels.backends._triton.launch import launcher
+from cmim_kernels.backends._triton.launch import Block, Schedule, kernel
 from cmim_kernels.backends._triton.plan import OPTIONS
 from cmim_kernels.reference import MEAN, NONE, SPECTRUM
 
@@ -61,27 +61,29 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
     """The launches that `call` would make, none of them made."""
     launches: list[Launch] = []
 
-    def record(self: Any, kernel: str, programs: int, *tensors: Tensor | None, **arguments: Any) -> None:
-        known = launcher(kernel)
-        values = dict(zip(known.names, tensors, strict=False)) | self.shape | arguments
-        annotations = known.function.fn.__annotations__
-        signature, constants = [], []
-        for name in known.names:
-            value = values.pop(name)
-            if value is None or name in known.constants:
-                signature.append((name, "constexpr"))
-                constants.append((name, value))
-            elif isinstance(value, Tensor):
-                signature.append((name, _POINTERS[value.dtype]))
-            elif isinstance(value, float):
-                signature.append((name, "fp32"))
-            else:
-                narrow = -(2**31) <= value < 2**31 and annotations.get(name) is not tl.int64
-                signature.append((name, "i32" if narrow else "i64"))
-        assert not values, f"{kernel} does not take {list(values)}"
-        launches.append(Launch(kernel, tuple(signature), tuple(constants)))
+    def record(
+        self: Schedule, _: object, tensors: dict[str, Tensor | None], numbers: dict[str, float]
+    ) -> None:
+        values = {**tensors, **self.memory, **numbers}
+        for launch in self.launches:
+            known = launch.kernel
+            annotations = known.function.fn.__annotations__
+            signature, constants = [], []
+            arguments = zip(known.parameters, known.constant, launch.filled(values), strict=True)
+            for name, constant, value in arguments:
+                if value is None or constant:
+                    signature.append((name, "constexpr"))
+                    constants.append((name, value))
+                elif isinstance(value, Tensor | Block):
+                    signature.append((name, _POINTERS[value.dtype]))
+                elif isinstance(value, float):
+                    signature.append((name, "fp32"))
+                else:
+                    narrow = -(2**31) <= value < 2**31 and annotations.get(name) is not tl.int64
+                    signature.append((name, "i32" if narrow else "i64"))
+            launches.append(Launch(known.name, tuple(signature), tuple(constants)))
 
-    with mock.patch.object(backend._Call, "launch", record):
+    with mock.patch.object(Schedule, "run", record):
         call()
     return launches
 
@@ -108,7 +110,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
             return triton.compile(str(shared), target=target, options=OPTIONS)
     types = dict(launch.signature)
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
-    source = ASTSource(launcher(launch.kernel).function, types, dict(launch.constants), aligned)
+    source = ASTSource(kernel(launch.kernel).function, types, dict(launch.constants), aligned)
     options = dict(OPTIONS)
     if target.backend == "hip":
         del options["maxnreg"]

@@ -1,7 +1,8 @@
-"""The Triton kernels. Importing this package imports no Triton: only `plan` and `launch` do without it.
+"""The Triton kernels. Importing this package imports no Triton: the first three do without it.
 
     plan         sizes and layouts, chosen by shape; the temperatures as the kernels want them
-    launch       how a kernel is launched
+    calls        what each kind of call launches, settled once
+    launch       how that is started
     elementary   functions of a block: exponentials at every temperature, expm1, log1p, excess
     blocks       where things lie in memory, and blocks of logits as the kernels read them
     rows         one launch: rows grouped by label, log-sum-exp at every temperature, cross entropy

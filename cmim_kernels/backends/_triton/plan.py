@@ -57,7 +57,6 @@ class Temperatures(NamedTuple):
     """
 
     a: tuple[float, ...]
-    w: tuple[float, ...]
     order: tuple[int, ...]  # the caller's index of a[k]
     padded: int  # K rounded up to a power of two
     base: float
@@ -72,12 +71,12 @@ class Temperatures(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def temperatures(a: tuple[float, ...], w: tuple[float, ...]) -> Temperatures:
+def temperatures(a: tuple[float, ...]) -> Temperatures:
     order = tuple(sorted(range(len(a)), key=lambda k: a[k]))
     ascending = tuple(a[k] for k in order)
     base, lead, bits, masks = _powers(ascending)
     padded = next_power_of_two(len(a))
-    return Temperatures(ascending, tuple(w[k] for k in order), order, padded, base, lead, bits, masks)
+    return Temperatures(ascending, order, padded, base, lead, bits, masks)
 
 
 def _powers(a: tuple[float, ...]) -> tuple[float, int, int, int]:
@@ -166,53 +165,58 @@ def next_power_of_two(x: int) -> int:
     return power
 
 
-def vector(t: Tensor) -> int:
-    """Elements of 16 bytes, or the part of it that keeps every row of t (N, C) aligned; 0 if columns are apart."""
-    width = 16 // t.element_size()
-    if t.stride(1) != 1:
+def vector(strides: Sequence[int], dtype: torch.dtype) -> int:
+    """Elements of 16 bytes, or the part of it that keeps every row aligned of logits (N, C) with such strides.
+
+    0 if columns are apart.
+    """
+    width = 16 // dtype.itemsize
+    if strides[1] != 1:
         return 0
-    while t.stride(0) % width:
+    while strides[0] % width:
         width //= 2
     return width
 
 
-# The tables of spectra on a device, kept: making one is a copy from the host. Each stream has its own, since
+# The tables of spectra (a, w) on a device, kept: making one is a copy from the host. Each stream has its own, since
 # another's copy may not have run yet. Where so many others have been made since, no launch can be waiting any
 # more to read the oldest. What a CUDA graph reads is kept for good.
 MOST_TABLES = 4096
-_tables: dict[tuple[Temperatures, torch.device, int], Tensor] = {}
-_of_graphs: dict[tuple[Temperatures, torch.device], Tensor] = {}
+_Spectrum = tuple[tuple[float, ...], tuple[float, ...]]
+_tables: dict[tuple[_Spectrum, torch.device, int], Tensor] = {}
+_of_graphs: dict[tuple[_Spectrum, torch.device], Tensor] = {}
 
 
-def table(t: Temperatures, device: torch.device) -> Tensor:
-    """(3, padded K) float64 on the device: a, w and the caller's index of every temperature.
+def table(a: tuple[float, ...], w: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, padded K) float64 on the device, the current one: a ascending, w and the caller's index of every temperature.
 
     No wait for the device: the copy is from pinned memory. One that a CUDA graph records is done when the graph
     runs, from memory that has to be there then, and to memory that nobody else may read.
     """
+    spectrum = (a, w)
     stream, capturing = 0, False
     if device.type == "cuda":
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-        with torch.cuda.device(device):
-            capturing = torch.cuda.is_current_stream_capturing()
-    made = _tables.get((t, device, stream))
+        capturing = torch.cuda.is_current_stream_capturing()
+    made = _tables.get((spectrum, device, stream))
     if made is None and capturing:  # which begins when the device has done all that was asked of it
-        made = next((other for key, other in tuple(_tables.items()) if key[:2] == (t, device)), None)
+        made = next((other for key, other in tuple(_tables.items()) if key[:2] == (spectrum, device)), None)
     if made is not None:
         if capturing:
-            _of_graphs[t, device] = made
+            _of_graphs[spectrum, device] = made
         return made
-    source = _of_graphs.get((t, _HOST)) if capturing else None
+    source = _of_graphs.get((spectrum, _HOST)) if capturing else None
     if source is None:
-        fill: Sequence[Sequence[float]] = (t.a, t.w, t.order)
+        t = temperatures(a)
+        fill = (t.a, tuple(w[k] for k in t.order), t.order)
         source = torch.zeros(3, t.padded, dtype=torch.float64, device=_HOST, pin_memory=device.type == "cuda")
-        source[:, : len(t.a)] = torch.tensor(fill, dtype=torch.float64, device=_HOST)
-        source[0, len(t.a) :] = t.a[-1]
+        source[:, : len(a)] = torch.tensor(fill, dtype=torch.float64, device=_HOST)
+        source[0, len(a) :] = t.a[-1]
     made = source.to(device, non_blocking=True)
     if capturing:
-        _of_graphs[t, _HOST] = source
+        _of_graphs[spectrum, _HOST] = source
         return made
     if len(_tables) >= MOST_TABLES:
         del _tables[next(iter(_tables))]
-    _tables[t, device, stream] = made
+    _tables[spectrum, device, stream] = made
     return made
