@@ -95,6 +95,27 @@ def test_graphs(backend: str, n: int, c: int) -> None:
 
 
 @backends
+def test_graphs_of_torch_compile(backend: str) -> None:
+    """Which lend their memory to the calls before they record; what a backend keeps must not lie there."""
+    spectrum = ck.TemperatureSpectrum([0.7, 1.1, 1.9, 4.3])  # which no other call has had
+
+    @torch.compile(mode="reduce-overhead", fullgraph=True)
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return ck.fused_cmi_loss(logits, target, temperatures=spectrum, backend=backend)
+
+    for seed in range(5):
+        logits, target = batch(seed=seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        leaf = logits.clone().requires_grad_()
+        value = loss(leaf, target)
+        value.backward()
+        expected, gradient = call(backend, logits, target, temperatures=spectrum)
+        assert torch.equal(value, expected)
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, gradient)
+
+
+@backends
 @pytest.mark.parametrize(("n", "c"), [(256, 1000), (6000, 40)])
 def test_side_streams(backend: str, n: int, c: int) -> None:
     """Calls in flight on several streams at the same time do not meet."""

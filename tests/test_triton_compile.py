@@ -172,6 +172,16 @@ def test_tables_are_kept_but_not_without_end(monkeypatch: pytest.MonkeyPatch) ->
     assert plan.table((2.0, 0.5), (1.0, 3.0), device) is made[3]
 
 
+def test_a_table_is_none_of_what_becomes_of_this_threads_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept, whereas they may be going into a CUDA graph's memory, or be no tensors at all."""
+    monkeypatch.setattr(plan, "_tables", {})
+    with FakeTensorMode():
+        made = plan.table((2.0, 0.5), (1.0, 4.0), torch.device("cpu"))
+    assert made.tolist() == [[0.5, 2], [4, 1], [1, 0]]
+    with pytest.raises(IndexError):  # and what goes wrong there is told here
+        plan.table((2.0, 0.5), (1.0,), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_traces_for_a_gpu_that_is_not_there(

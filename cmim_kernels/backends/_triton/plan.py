@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -205,18 +206,32 @@ def table(a: tuple[float, ...], w: tuple[float, ...], device: torch.device) -> T
         if capturing:
             _of_graphs[spectrum, device] = made
         return made
-    source = _of_graphs.get((spectrum, _HOST)) if capturing else None
-    if source is None:
-        t = temperatures(a)
-        fill = (t.a, tuple(w[k] for k in t.order), t.order)
-        source = torch.zeros(3, t.padded, dtype=torch.float64, device=_HOST, pin_memory=device.type == "cuda")
-        source[:, : len(a)] = torch.tensor(fill, dtype=torch.float64, device=_HOST)
-        source[0, len(a) :] = t.a[-1]
-    made = source.to(device, non_blocking=True)
     if capturing:
-        _of_graphs[spectrum, _HOST] = source
-        return made
+        if (spectrum, _HOST) not in _of_graphs:
+            _of_graphs[spectrum, _HOST] = _source(spectrum, device)
+        return _of_graphs[spectrum, _HOST].to(device, non_blocking=True)
+    current = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def make() -> Tensor:
+        with torch.cuda.stream(current):
+            return _source(spectrum, device).to(device, non_blocking=True)
+
+    # It outlives the memory that this thread may have to take for a while, as what torch.compile runs before it
+    # records a CUDA graph has to: another thread's allocations do not go there.
+    with ThreadPoolExecutor(1) as other:
+        made = other.submit(make).result()
     if len(_tables) >= MOST_TABLES:
         del _tables[next(iter(_tables))]
     _tables[spectrum, device, stream] = made
     return made
+
+
+def _source(spectrum: _Spectrum, device: torch.device) -> Tensor:
+    """What the table of a device is copied from."""
+    a, w = spectrum
+    t = temperatures(a)
+    fill = (t.a, tuple(w[k] for k in t.order), t.order)
+    source = torch.zeros(3, t.padded, dtype=torch.float64, device=_HOST, pin_memory=device.type == "cuda")
+    source[:, : len(a)] = torch.tensor(fill, dtype=torch.float64, device=_HOST)
+    source[0, len(a) :] = t.a[-1]
+    return source
