@@ -111,6 +111,16 @@ class ClusterSums:
         )
 
 
+def check_mergeable(
+    spectrum: TemperatureSpectrum, classes: int, other_spectrum: TemperatureSpectrum, other_classes: int
+) -> None:
+    """Raises a ValueError unless the sums of another instance are of the same temperatures and classes."""
+    if other_spectrum.inverse_temperatures != spectrum.inverse_temperatures:
+        raise ValueError("cannot merge: the other instance has other temperatures")
+    if other_classes != classes:
+        raise ValueError(f"cannot merge: {other_classes} classes into {classes}")
+
+
 def summarise(
     logits: Tensor, target: Tensor, num_classes: int, spectrum: TemperatureSpectrum, ignore_index: int
 ) -> tuple[ClusterSums, Tensor]:

@@ -115,6 +115,7 @@ def fused_cmi_loss(
         weight,
         centroids,
         options,
+        process_group,
     )
 
 
@@ -143,7 +144,8 @@ def cmi_spectrum(
         logits, target = gather_batch(logits, target, ignore_index, process_group)
     a, w = spectrum.inverse_temperatures, spectrum.weights
     options = (0.0, 1.0, 0.0, ignore_index, reference.SPECTRUM)
-    return _evaluate(pick(backend, logits, len(a)), logits, target, a, w, None, centroids, options)
+    chosen = pick(backend, logits, len(a))
+    return _evaluate(chosen, logits, target, a, w, None, centroids, options, process_group)
 
 
 def class_centroids(
@@ -171,13 +173,13 @@ def class_centroids(
         logits, target = gather_batch(logits, target, ignore_index, process_group)
     a = spectrum.inverse_temperatures
     chosen = pick(backend, logits, len(a))
-    if chosen is None:
-        logits, target = valid_labels(logits, target, ignore_index)
-        return reference.class_centroids(logits, target, a, ignore_index)
     try:
+        if chosen is None:
+            logits, target = valid_labels(logits, target, ignore_index)
+            return reference.class_centroids(logits, target, a, ignore_index)
         return chosen.class_centroids(logits, target, a, ignore_index)
-    except RuntimeError as error:
-        raise _translated(error) from None
+    except (RuntimeError, ValueError) as error:
+        raise _translated(error, len(target), process_group) from None
 
 
 def _evaluate(
@@ -189,23 +191,32 @@ def _evaluate(
     class_weight: Tensor | None,
     centroids: Tensor | None,
     options: LossOptions,
+    group: ProcessGroup | None,
 ) -> Tensor:
-    if backend is None or needs_reference():
-        backend = None
-        logits, target = valid_labels(logits, target, options[IGNORE_INDEX])
     try:
+        if backend is None or needs_reference():
+            backend = None
+            logits, target = valid_labels(logits, target, options[IGNORE_INDEX])
         return differentiable_loss(backend, logits, target, a, w, class_weight, centroids, options)
-    except RuntimeError as error:
-        raise _translated(error) from None
+    except (RuntimeError, ValueError) as error:
+        raise _translated(error, len(target), group) from None
 
 
-def _translated(error: RuntimeError) -> Exception:
-    """A ValueError where a kernel found a label of this call out of range, else the error itself.
+def _translated(error: Exception, rows: int, group: ProcessGroup | None) -> Exception:
+    """A ValueError where a label of this call is out of range, else the error itself.
 
     Without the native stack that comes with it. A label of an earlier call, which CUDA kernels tell of later
-    than the call, is no fault of this one's arguments.
+    than the call, is no fault of this one's arguments. With a group, each rank has as many of the `rows`.
     """
     found = re.search(r"target: expected labels[^\n]*", str(error))
     if found is None:
         return error
-    return RuntimeError(found[0]) if "in an earlier call" in found[0] else ValueError(found[0])
+    if "in an earlier call" in found[0]:
+        return RuntimeError(found[0])
+    told = found[0]
+    if group is not None:
+        each = rows // group.size()
+        told = re.sub(
+            r"at row (\d+)", lambda row: "at row {1} of rank {0}".format(*divmod(int(row[1]), each)), told
+        )
+    return ValueError(told)

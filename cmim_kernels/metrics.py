@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .clusters import ClusterSums, divergence, summarise
+from .clusters import ClusterSums, check_mergeable, divergence, summarise
 from .clusters import ConcentrationSpectrum as ConcentrationSpectrum
 from .spectrum import DEFAULT_SPECTRUM, Numbers, TemperatureSpectrum, as_spectrum
 from .validate import checked_count, checked_ignore_index
@@ -66,10 +66,7 @@ class StreamingCMI:
         """
         if not isinstance(other, StreamingCMI):
             raise TypeError(f"other must be a StreamingCMI, got {type(other).__name__}")
-        if other.spectrum.inverse_temperatures != self.spectrum.inverse_temperatures:
-            raise ValueError("cannot merge: the other instance has other temperatures")
-        if other.num_classes != self.num_classes:
-            raise ValueError(f"cannot merge: {other.num_classes} classes into {self.num_classes}")
+        check_mergeable(self.spectrum, self.num_classes, other.spectrum, other.num_classes)
         self._sums.take_in(other._sums.to(self.device), torch.arange(self.num_classes, device=self.device))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
@@ -163,8 +160,17 @@ def plot_concentration(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: another quantity.
+        TypeError, ValueError: `spectra` is no mapping of such figures, or empty; another quantity.
     """
+    if not isinstance(spectra, Mapping):
+        raise TypeError(f"spectra must map labels to a ConcentrationSpectrum, got {type(spectra).__name__}")
+    for name, spectrum in spectra.items():
+        if not isinstance(spectrum, ConcentrationSpectrum):
+            raise TypeError(
+                f"spectra[{name!r}] must be a ConcentrationSpectrum, got {type(spectrum).__name__}"
+            )
+    if not spectra:
+        raise ValueError("spectra must hold at least one ConcentrationSpectrum, got none")
     if quantity not in ("cmi", "separation", "ncmi"):
         raise ValueError(f"quantity must be 'cmi', 'separation' or 'ncmi', got {quantity!r}")
     if axes is None:

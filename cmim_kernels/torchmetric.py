@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .clusters import ClusterSums, summarise
+from .clusters import ClusterSums, check_mergeable, summarise
 from .spectrum import DEFAULT_SPECTRUM, Numbers, TemperatureSpectrum, as_spectrum
 from .tensors import keeping_dtype
 from .validate import checked_count, checked_ignore_index
@@ -67,20 +67,41 @@ class CMIMetric(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The figures of everything taken in so far."""
-        state = self._sums()
-        if state.counts.dim() == 2:  # (world, C): one state of each process
-            pooled = ClusterSums.empty(
-                len(self.spectrum), self.num_classes, self.num_classes, state.counts.device
-            )
-            everything = torch.arange(self.num_classes, device=state.counts.device)
-            none = torch.zeros_like(state.logit_sum)
-            nothing = torch.zeros_like(state.norm_sum)
-            for counts, mean, scatter in zip(state.counts, state.mean, state.scatter, strict=True):
-                pooled.take_in(ClusterSums(counts, mean, scatter, none, none, nothing), everything)
-            pooled.logit_sum, pooled.masked, pooled.norm_sum = state.logit_sum, state.masked, state.norm_sum
-            state = pooled
-        figures = state.figures(self.spectrum)
+        figures = self._pooled().figures(self.spectrum)
         return {"cmi": figures.cmi, "separation": figures.separation, "ncmi": figures.ncmi}
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Takes in what another instance has seen, of the same temperatures and number of classes.
+
+        Raises:
+            TypeError: `incoming_state` is something else; a state alone does not tell its temperatures.
+            ValueError: the temperatures or numbers of classes differ.
+        """
+        if not isinstance(incoming_state, CMIMetric):
+            raise TypeError(f"incoming_state must be a CMIMetric, got {type(incoming_state).__name__}")
+        other = incoming_state
+        check_mergeable(self.spectrum, self.num_classes, other.spectrum, other.num_classes)
+        state = self._sums()
+        state.take_in(other._pooled().to(state.counts.device), self._everything())
+        self._computed = None  # what compute() has kept
+
+    def _pooled(self) -> ClusterSums:
+        """What all processes have seen, where their states have been brought together; else this one's."""
+        state = self._sums()
+        if state.counts.dim() == 1:
+            return state
+        none, nothing = torch.zeros_like(state.logit_sum), torch.zeros_like(state.norm_sum)
+        pooled = ClusterSums.empty(
+            len(self.spectrum), self.num_classes, self.num_classes, state.counts.device
+        )
+        for counts, mean, scatter in zip(state.counts, state.mean, state.scatter, strict=True):
+            pooled.take_in(ClusterSums(counts, mean, scatter, none, none, nothing), self._everything())
+        pooled.logit_sum, pooled.masked, pooled.norm_sum = state.logit_sum, state.masked, state.norm_sum
+        return pooled
+
+    def _everything(self) -> Tensor:
+        """Of all classes, their numbers."""
+        return torch.arange(self.num_classes, device=self._sums().counts.device)
 
     def _sums(self) -> ClusterSums:
         # The tensors themselves, so that take_in changes the metric's states in place.

@@ -83,6 +83,11 @@ def worker(rank: int, folder: str) -> None:
         ck.fused_cmi_loss(x[:, :4], target, process_group="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"reduction.*process_group"):
         ck.fused_cmi_loss(model(x), target, process_group=group, reduction="none")
+    mislabelled = target.index_fill(0, torch.tensor([4]), 7) if rank == 1 else target
+    for call in (ck.fused_cmi_loss, ck.cmi_spectrum, ck.class_centroids):
+        for backend in ("auto", "reference"):
+            with pytest.raises(ValueError, match=r"labels in \[0, 4\) .*, got 7 at row 4 of rank 1$"):
+                call(x[:, :4], mislabelled, process_group=group, backend=backend)  # type: ignore[operator]
     (gradient,) = torch.autograd.grad(
         ck.fused_cmi_loss(model(x), target, process_group=group), model.module.weight, create_graph=True
     )

@@ -255,6 +255,12 @@ def test_plot(tmp_path: Path) -> None:
     figure.savefig(tmp_path / "plot.png")
     with pytest.raises(ValueError, match="quantity"):
         plot_concentration({"train": found}, axes, quantity="gamma")
+    with pytest.raises(ValueError, match=r"spectra must hold at least one"):
+        plot_concentration({}, axes)
+    with pytest.raises(TypeError, match=r"spectra must map labels .* got ConcentrationSpectrum"):
+        plot_concentration(found, axes)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"spectra\['train'\] must be a ConcentrationSpectrum, got Tensor"):
+        plot_concentration({"train": found.cmi}, axes)  # type: ignore[dict-item]
 
 
 def test_torchmetrics_metric() -> None:
@@ -271,6 +277,31 @@ def test_torchmetrics_metric() -> None:
     torch.testing.assert_close(found["ncmi"], whole.ncmi, rtol=1e-9, atol=0.0)
     metric.reset()
     assert metric.compute()["cmi"].isnan().all()
+
+
+def test_torchmetrics_states_are_merged() -> None:
+    """Of shards that were seen apart; what an instance has computed before is computed again."""
+    pytest.importorskip("torchmetrics")
+    from cmim_kernels.metrics import CMIMetric
+
+    logits, target = rows(1e-3)
+    shards = []
+    for part in (slice(0, 31), slice(31, 60), slice(60, 97)):
+        shards.append(CMIMetric(C, SPECTRUM))
+        shards[-1].update(logits[part], target[part])
+    before = shards[0].compute()["cmi"]
+    for shard in shards[1:]:
+        shards[0].merge_state(shard)
+    found, whole = shards[0].compute(), stream(logits, target, 97)
+    assert not torch.equal(found["cmi"], before)
+    for name in ("cmi", "separation", "ncmi"):
+        torch.testing.assert_close(found[name], getattr(whole, name), rtol=1e-9, atol=0.0)
+    with pytest.raises(TypeError, match="incoming_state must be a CMIMetric, got dict"):
+        shards[0].merge_state({})
+    with pytest.raises(ValueError, match="other temperatures"):
+        shards[0].merge_state(CMIMetric(C))
+    with pytest.raises(ValueError, match=f"{C + 1} classes into {C}"):
+        shards[0].merge_state(CMIMetric(C + 1, SPECTRUM))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -319,6 +350,11 @@ def check_rank(rank: int) -> None:
     torch.testing.assert_close(found["separation"], whole.separation)
     wrapped.update(logits[own], target[own])  # local sums again after compute
     assert wrapped.counts.shape == (C,)
+    with wrapped.sync_context():
+        pooled = CMIMetric(C, SPECTRUM)
+        pooled.merge_state(wrapped)
+    torch.testing.assert_close(pooled._sums().figures(SPECTRUM).cmi, whole.cmi, rtol=1e-9, atol=0.0)
+    assert pooled.counts.sum() == 2 * whole.counts.sum()
 
 
 def test_two_processes(tmp_path: Path) -> None:
