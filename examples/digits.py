@@ -16,6 +16,7 @@ from pathlib import Path
 import digits_common as common
 import matplotlib
 import torch
+from arguments import count
 from torch import Tensor, nn
 
 from cmim_kernels import TemperatureSpectrum, cmi_spectrum
@@ -137,14 +138,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=1, help="how many trainings of each kind (default 1)")
+    parser.add_argument("--seeds", type=count, default=1, help="how many trainings of each kind (default 1)")
     parser.add_argument(
-        "--steps", type=int, default=common.STEPS, help=f"steps of each (default {common.STEPS})"
+        "--steps", type=count, default=common.STEPS, help=f"steps of each (default {common.STEPS})"
     )
     parser.add_argument("--output", type=Path, default=Path("out/digits.png"), help="where the plot goes")
     options = parser.parse_args()
-    if options.seeds < 1 or options.steps < 1:
-        parser.error("--seeds and --steps must be at least 1")
 
     results = {
         name: [train_and_evaluate(name, seed, options.steps) for seed in range(options.seeds)]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import training_common as common
+from arguments import count
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = common.parser(__doc__, epochs=200, batch_size=128, lr=0.1)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of torchvision's CIFAR100")
     parser.add_argument("--download", action="store_true", help="fetch the data set into --data first")
-    parser.add_argument("--samples-per-class", type=int, default=8)
+    parser.add_argument("--samples-per-class", type=count, default=8)
     options = parser.parse_args(arguments)
     if options.batch_size % options.samples_per_class:
         parser.error("--batch-size must be a multiple of --samples-per-class")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import training_common as common
+from arguments import amount
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = common.parser(__doc__, epochs=90, batch_size=32, lr=0.1)
     parser.add_argument("--data", type=Path, default=Path("data/imagenet"), help="folder with train and val")
     parser.add_argument("--decay", type=float, default=0.9, help="of the centroids' moving average")
-    parser.add_argument("--warmup-epochs", type=float, default=5.0)
+    parser.add_argument("--warmup-epochs", type=amount, default=5.0)
     options = parser.parse_args(arguments)
     with common.processes() as process:
         train(options, process)

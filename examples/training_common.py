@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from arguments import amount, count
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
@@ -68,9 +69,9 @@ def parser(description: str | None, epochs: int, batch_size: int, lr: float) -> 
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--epochs", type=int, default=epochs)
-    options.add_argument("--batch-size", type=int, default=batch_size, help="rows per process")
-    options.add_argument("--lr", type=float, default=lr)
+    options.add_argument("--epochs", type=count, default=epochs)
+    options.add_argument("--batch-size", type=count, default=batch_size, help="rows per process")
+    options.add_argument("--lr", type=amount, default=lr)
     options.add_argument("--workers", type=int, default=8, help="loader processes of each process")
     options.add_argument(
         "--precision",
@@ -78,13 +79,13 @@ def parser(description: str | None, epochs: int, batch_size: int, lr: float) -> 
         default="bfloat16",
         help="of the forward pass",
     )
-    options.add_argument("--cmi-weight", type=float, default=10.0, help="0 trains with plain cross entropy")
+    options.add_argument("--cmi-weight", type=amount, default=10.0, help="0 trains with plain cross entropy")
     options.add_argument(
-        "--ramp-epochs", type=float, default=5.0, help="cmi_weight is reached linearly over these"
+        "--ramp-epochs", type=amount, default=5.0, help="cmi_weight is reached linearly over these"
     )
     options.add_argument("--output", type=Path, default=Path("out"), help="where checkpoints go")
     options.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    options.add_argument("--stop-after", type=int, help="epochs to train now, for jobs of limited length")
+    options.add_argument("--stop-after", type=count, help="epochs to train now, for jobs of limited length")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument(
         "--synthetic", action="store_true", help="a few steps on random images, for a trial run"

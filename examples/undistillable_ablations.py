@@ -14,6 +14,7 @@ from pathlib import Path
 import digits_common as common
 import torch
 import undistillable_digits as digits
+from arguments import count
 from matplotlib.figure import Figure
 from undistillable_digits import Recipe
 
@@ -91,8 +92,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--splits", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=600, help="training steps of a teacher")
+    parser.add_argument("--splits", type=count, default=12)
+    parser.add_argument("--steps", type=count, default=600, help="training steps of a teacher")
     parser.add_argument("--out", type=Path, default=Path("out/ablations"))
     options = parser.parse_args()
 

@@ -23,6 +23,7 @@ from typing import Literal
 import digits_common as common
 import torch
 import torch.nn.functional as F
+from arguments import count
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -243,15 +244,15 @@ def main(arguments: Iterable[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--splits", type=int, default=8, help="data splits, each with its own teachers (default 8)"
+        "--splits", type=count, default=8, help="data splits, each with its own teachers (default 8)"
     )
     parser.add_argument(
         "--steps",
-        type=int,
+        type=count,
         default=common.STEPS,
         help=f"training steps of a teacher (default {common.STEPS})",
     )
-    parser.add_argument("--student-steps", type=int, default=STUDENT_TRAINING.steps, help="of a student")
+    parser.add_argument("--student-steps", type=count, default=STUDENT_TRAINING.steps, help="of a student")
     parser.add_argument(
         "--attacks", nargs="+", default=FEW_ATTACKS, help="names, or all (default: the main ones)"
     )
@@ -259,14 +260,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "--out", type=Path, default=Path("out/undistillable"), help="where the report and plot go"
     )
     parser.add_argument(
-        "--labelled", type=int, default=LABELLED, help="images that the attacker holds (default 100)"
+        "--labelled", type=count, default=LABELLED, help="images that the attacker holds (default 100)"
     )
     parser.add_argument(
         "--tune", action="store_true", help="choose the students' learning rate and weight decay anew"
     )
     options = parser.parse_args(None if arguments is None else list(arguments))
-    if options.splits < 1 or options.steps < 1 or options.student_steps < 1:
-        parser.error("--splits, --steps and --student-steps must be at least 1")
     if not 10 <= options.labelled <= 800:
         parser.error("--labelled must lie in [10, 800], the teachers' training images")
 

@@ -134,6 +134,27 @@ def test_as_on_the_real_data(
         run(recipe, *options, f"--data={tmp_path / 'nowhere'}")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "option"),
+    [
+        ("train_cifar100", "--samples-per-class=0"),
+        ("train_cifar100", "--epochs=0"),
+        ("train_cifar100", "--stop-after=half"),
+        ("train_imagenet", "--lr=nan"),
+        ("train_imagenet", "--cmi-weight=-1"),
+        ("train_imagenet", "--warmup-epochs=inf"),
+    ],
+)
+def test_options_that_make_no_sense(
+    recipe: str, option: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, value = option.split("=")
+    with pytest.raises(SystemExit):
+        run(recipe, "--synthetic", option)
+    assert f"argument {name}: expected a " in (error := capsys.readouterr().err)
+    assert f", got '{value}'" in error
+
+
 def test_nothing_to_resume(run: Run, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no checkpoint"):
         run("train_cifar100", "--synthetic", "--resume", "--output", tmp_path)
