@@ -23,6 +23,7 @@ from cmim_kernels.audit import (
     registered_attacks,
     to_markdown,
 )
+from cmim_kernels.audit.answers import unpacked
 from cmim_kernels.audit.attacks import cross_entropy
 from cmim_kernels.audit.data import LABELS_ONLY
 from cmim_kernels.audit.render import for_terminal, to_text
@@ -55,6 +56,18 @@ def test_a_good_teacher_is_found_distillable() -> None:
     assert not report.verdict("noise").startswith("distillable")
 
 
+def test_the_rows_that_were_right_are_kept_where_seeds_share_them() -> None:
+    report = audit(data(), STUDENT, attacks=["kd-t4"], seeds=3, training=FAST, progress=False)
+    for teacher, accuracies in report.results["kd-t4"].items():
+        right = unpacked(report.right[f"kd-t4: {teacher}"], 400)
+        assert right.double().mean(1).tolist() == accuracies
+    assert unpacked(report.right["LS 0.1"], 400).double().mean(1).tolist() == report.baseline
+    wide = report.difference("bayes", "kd-t4").standard_error
+    assert "All seeds share one test set" in to_markdown(report)
+    report.right = {}
+    assert report.difference("bayes", "kd-t4").standard_error < wide
+
+
 def test_one_data_set_per_seed() -> None:
     single = data(extra_inputs=None, extra_logits=None, queries=None)
     other = clusters(24, 9)
@@ -71,6 +84,7 @@ def test_one_data_set_per_seed() -> None:
     alone = audit(single, STUDENT, seeds=[0], **options)
     assert both.results["kd-t4"]["bayes"][0] == pytest.approx(alone.results["kd-t4"]["bayes"][0], abs=0.01)
     assert set(both.results) == {"kd-t4", "mixkd"}
+    assert both.right == {}
     assert alone.skipped == {"mixkd": "needs the teacher as a function (queries)"}
     with pytest.raises(ValueError, match="2 data sets, one per seed, but there are 3 seeds"):
         audit(per_seed, STUDENT, seeds=3, **options)

@@ -13,6 +13,7 @@ from audit_cases import FAST, STUDENT, clusters, data
 from torch import nn
 
 from cmim_kernels.audit import StudentTraining, audit, mlp, tune_training
+from cmim_kernels.audit.answers import Answers, unpacked
 from cmim_kernels.audit.attacks import cross_entropy
 from cmim_kernels.audit.students import Students, batches, take
 from cmim_kernels.audit.trainer import Trainer
@@ -44,13 +45,24 @@ def test_accuracy_in_chunks_and_of_the_diverged() -> None:
     x, y = clusters(50, 1)
     students = Students(STUDENT, [0, 1], 1, x.device)
     inputs, labels = x.expand(2, *x.shape), y.expand(2, *y.shape)
-    whole = students.accuracy(inputs, labels)
-    torch.testing.assert_close(students.accuracy(inputs, labels, chunk=7), whole)
+    whole = students.answers(inputs, labels)
+    assert torch.equal(students.answers(inputs, labels, chunk=7).right, whole.right)
+    assert whole.accuracies() == (students(inputs).argmax(-1) == labels).double().mean(1).tolist()
     with torch.no_grad():
         students.parameters()[0][1] = torch.nan
-    now = students.accuracy(inputs, labels)
-    assert now[0] == whole[0]
-    assert now[1].isnan()
+    now = students.answers(inputs, labels).accuracies()
+    assert now[0] == whole.accuracies()[0]
+    assert math.isnan(now[1])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 50])
+def test_answers_are_packed_and_unpacked(rows: int) -> None:
+    right = torch.rand(3, rows, generator=torch.Generator().manual_seed(rows)) < 0.5
+    packed = Answers(right, torch.ones(3, dtype=torch.bool)).packed()
+    assert torch.equal(unpacked(packed, rows), right)
+    assert packed[0][0] == f"{int(''.join(str(int(x)) for x in right[0])[:4].ljust(4, '0'), 2):x}"
+    with pytest.raises(ValueError, match=f"expected answers to {rows + 8} test rows"):
+        unpacked(packed, rows + 8)
 
 
 def test_batches_are_each_seeds_own_epochs() -> None:
@@ -153,10 +165,10 @@ def test_tuning_finds_the_best_student_alone() -> None:
     source = data()
     tuned = tune_training(source, STUDENT, **options)
     assert (tuned.lr, tuned.weight_decay, tuned.steps) == (3e-2, 1e-2, 20)
-    found = Trainer(source, STUDENT, [0, 1, 2], tuned, 0.1).baseline()
+    found = Trainer(source, STUDENT, [0, 1, 2], tuned, 0.1).baseline().accuracies()
     others = [StudentTraining(20, lr=1e-5), StudentTraining(20, lr=3e-2, weight_decay=100.0)]
     for other in others:
-        assert sum(Trainer(source, STUDENT, [0, 1, 2], other, 0.1).baseline()) < sum(found)
+        assert sum(Trainer(source, STUDENT, [0, 1, 2], other, 0.1).baseline().accuracies()) < sum(found)
     with pytest.raises(ValueError, match="at least one number each"):
         tune_training(source, STUDENT, **(options | {"learning_rates": ()}))
     with pytest.raises(ValueError, match="every student of the grid diverged"):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from cmim_kernels.audit import AuditReport
+from cmim_kernels.audit.answers import Answers
 from cmim_kernels.audit.data import LABELS_ONLY
 from cmim_kernels.audit.render import cell
 from cmim_kernels.audit.stats import holm, paired_difference, t_cdf, t_quantile
@@ -106,10 +108,62 @@ def test_undecided_where_much_may_have_been_missed() -> None:
     assert "(4 diverged)" in cell(scattered.difference("t", "b"))
 
 
-def test_what_intervals_over_one_test_set_leave_out() -> None:
-    report = made_report(a=BETTER)
-    report.settings["data_per_seed"] = False
-    assert "1 beyond the chance of the seeds" in report.verdict("t")
+def test_test_rows_that_all_seeds_share() -> None:
+    """Two students that gain the same few rows of a hundred: sure of the seeds, not of the rows."""
+    right = torch.zeros(6, 100, dtype=torch.bool)
+    right[:, :80] = True
+    better = right.clone()
+    better[:, 80:83] = True
+    report = made_report()
+    report.settings = {"test_rows": 100, "data_per_seed": False}
+    report.attacks["a"] = {"paper": "", "threat": "published"}
+    finite = torch.ones(6, dtype=torch.bool)
+    report.add_baseline("0.1", Answers(right, finite))
+    report.add_attack("a", {"t": Answers(better, finite)})
+    found = report.difference("t", "a")
+    assert found.mean == pytest.approx(0.03)
+    assert found.standard_error == pytest.approx(math.sqrt(0.01**2 / 6 + 0.03 * 0.97 / 99))
+    assert found.low < 0
+    own_rows = made_report(a=[0.83] * 6)
+    own_rows.settings, own_rows.baselines = {"test_rows": 100, "data_per_seed": True}, {"0.1": [0.8] * 6}
+    assert own_rows.difference("t", "a").low > 0
+    assert AuditReport.from_json(report.to_json()) == report
+    assert report.control("0.1").standard_error == pytest.approx(0.01 / math.sqrt(6))
+
+
+def test_diverged_students_and_their_rows_are_left_out() -> None:
+    rows = torch.tensor([[1.0, 0.0, 0.0, 1.0], [9.0, 9.0, 9.0, 9.0], [0.0, 0.0, 0.0, 1.0]])
+    found = paired_difference([0.8, math.nan, 0.6], [0.3, 0.0, 0.35], 1e-3, rows)
+    of_pairs = 0.25**2 / 2 / 2
+    of_rows = (0.125**2 + 2 * 0.375**2 + 0.625**2) / 3 / 4
+    assert found.standard_error == pytest.approx(math.sqrt(of_pairs + of_rows))
+    freedom = (of_pairs + of_rows) ** 2 / (of_pairs**2 / 1 + of_rows**2 / 3)  # Satterthwaite's
+    assert found.high - found.mean == pytest.approx(t_quantile(0.975, int(freedom)) * found.standard_error)
+    assert found.left_out == 1
+    assert paired_difference([0.8, 0.7], [0.3, 0.3], 1e-3, rows[:2, :1]).high == math.inf
+
+
+@pytest.mark.parametrize(("spread", "seeds_alone"), [(0.0, 0.85), (0.2, 0.93)])
+def test_intervals_over_shared_rows_cover_what_they_say(spread: float, seeds_alone: float) -> None:
+    """Two kinds of students equally good on rows at large, each better on rows of its own; and how seldom the
+    interval over seeds alone has that in it.
+    """
+    g = torch.Generator().manual_seed(0)
+    seeds, rows, trials = 5, 300, 200
+    covered = torch.zeros(2)
+    for _ in range(trials):
+        ease, lead = 1 + 2 * torch.randn(rows, generator=g), 2 * torch.randn(rows, generator=g)
+        a, b = (
+            torch.rand(seeds, rows, generator=g)
+            < (ease + sign * lead / 2 + spread * torch.randn(seeds, 1, generator=g)).sigmoid()
+            for sign in (1, -1)
+        )
+        values, baseline = a.double().mean(1).tolist(), b.double().mean(1).tolist()
+        for i, shared in enumerate((a.double() - b.double(), None)):
+            d = paired_difference(values, baseline, 1 / rows, shared)
+            covered[i] += d.low <= 0 <= d.high
+    assert covered[0] >= 0.93 * trials
+    assert covered[1] < seeds_alone * trials
 
 
 def test_the_best_smoothing_is_none_that_diverged() -> None:
@@ -126,6 +180,9 @@ def test_the_best_smoothing_is_none_that_diverged() -> None:
         ('"baselines": {', '"baselines": {"0.2": ["x", 1, 1, 1, 1, 1],'),
         ('"attacks": {', '"attacks": {}, "skipped": {"x": "'),
         ('"t": [', '"u": ['),
+        ('"right": {', '"right": {"a: t": ["00"]'),
+        ('"right": {', '"right": {"a: t": ["zz"]'),
+        ('"right": {', f'"right": {{"a: t": ["{250 * "0"}"]'),  # of one seed
     ],
 )
 def test_damaged_reports(was: str, becomes: str) -> None:

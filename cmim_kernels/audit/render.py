@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -58,13 +57,10 @@ def to_markdown(report: AuditReport) -> str:
         "what remains after Holm's correction for the number of attacks and also beats this control.",
     ]
     if not settings["data_per_seed"]:
-        points = 100 * math.sqrt(0.1 / settings["test_rows"])
         lines += [
             "",
-            "All seeds share one test set: the intervals are about the chance of initial weights and batches "
-            "and leave out that of the test rows. That adds a standard error of about "
-            f"{points:.1f} points where two students disagree on a tenth of the rows; data of its own for "
-            "every seed has both in its intervals.",
+            "All seeds share one test set: to the chance of initial weights and batches the intervals add "
+            "that of the test rows. They are about these teachers and this attacker's data.",
         ]
     for threat, title in _THREATS.items():
         names = [name for name in report.results if report.attacks[name]["threat"] == threat]

@@ -10,10 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from .answers import Answers, unpacked
 from .data import LABELS_ONLY
 from .stats import Difference, holm, paired_difference
 
-VERSION = 1
+VERSION = 2
 FAMILY_LEVEL = 0.025  # one-sided, as the upper half of a 95 % interval is
 LARGEST_MISS = 0.05  # what an interval may leave possible where nothing was found
 _FIXED = ("version", "fingerprint", "teachers", "seeds", "label_smoothing", "settings", "versions")
@@ -35,6 +38,8 @@ class AuditReport:
             for the teacher that knows nothing but the labels (`LABELS_ONLY`).
         skipped: attack -> why it could not be run.
         versions: of the packages that decide the figures.
+        right: attack and teacher, or label smoothing, as `_key` writes it -> which test rows the student of
+            each seed got right, as `Answers.packed` writes it; empty where seeds have test rows of their own.
     """
 
     teachers: list[str]
@@ -47,6 +52,7 @@ class AuditReport:
     results: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    right: dict[str, list[str]] = field(default_factory=dict)
     version: int = VERSION
 
     @property
@@ -58,15 +64,40 @@ class AuditReport:
         """A teacher's students (or those of `LABELS_ONLY`) minus the LS students, paired by seed, as shares
         of the test set; or minus another teacher's students under the same attack.
         """
-        other = self.baseline if against is None else self.results[attack][against]
-        return self._paired(self.results[attack][teacher], other)
+        if against is None:
+            other, key = self.baseline, _key(f"{self.label_smoothing:g}")
+        else:
+            other, key = self.results[attack][against], _key(attack, against)
+        return self._paired(self.results[attack][teacher], _key(attack, teacher), other, key)
 
     def control(self, label_smoothing: str) -> Difference:
         """Students of another label smoothing (a key of `baselines`) minus the LS students."""
-        return self._paired(self.baselines[label_smoothing], self.baseline)
+        own = f"{self.label_smoothing:g}"
+        return self._paired(self.baselines[label_smoothing], _key(label_smoothing), self.baseline, _key(own))
 
-    def _paired(self, values: Sequence[float], baseline: Sequence[float]) -> Difference:
-        return paired_difference(values, baseline, resolution=1 / self.settings["test_rows"])
+    def _paired(self, values: Sequence[float], key: str, baseline: Sequence[float], other: str) -> Difference:
+        rows = None
+        if key in self.right and other in self.right and key != other:
+            rows = self._right(key).double() - self._right(other).double()
+        return paired_difference(values, baseline, 1 / self.settings["test_rows"], rows)
+
+    def _right(self, key: str) -> Tensor:
+        return unpacked(self.right[key], self.settings["test_rows"])
+
+    def add_baseline(self, label_smoothing: str, answers: Answers) -> None:
+        """What students gave that never saw a teacher."""
+        self.baselines[label_smoothing] = self._added(_key(label_smoothing), answers)
+
+    def add_attack(self, name: str, answers: Mapping[str, Answers]) -> None:
+        """What every teacher's students gave."""
+        self.results[name] = {
+            teacher: self._added(_key(name, teacher), each) for teacher, each in answers.items()
+        }
+
+    def _added(self, key: str, answers: Answers) -> list[float]:
+        if not self.settings["data_per_seed"]:
+            self.right[key] = answers.packed()
+        return answers.accuracies()
 
     def best_smoothing(self) -> tuple[str, Difference]:
         """The label smoothing with the best mean accuracy on the test data, against the baseline's."""
@@ -119,18 +150,11 @@ class AuditReport:
         d = self.difference(teacher, worst)
         mean, error, low, high = (100 * share for share in (d.mean, d.standard_error, d.low, d.high))
         at_worst = f"(worst: {worst}, {mean:+.1f} ± {error:.1f} points [{low:+.1f}, {high:+.1f}])"
-        # With one test set for all seeds, the intervals know nothing of the choice of its rows
-        chance = "chance" if self.settings["data_per_seed"] else "the chance of the seeds"
+        beat = f"{beaten} of {tried} attacks beat the LS student"
         if certain:
-            return (
-                f"distillable: {beaten} of {tried} attacks beat the LS student, {certain} beyond {chance} "
-                f"{at_worst}"
-            )
+            return f"distillable: {beat}, {certain} beyond chance {at_worst}"
         if beaten:
-            return (
-                f"not shown to be distillable: {beaten} of {tried} attacks beat the LS student, none beyond "
-                f"{chance} {at_worst}"
-            )
+            return f"not shown to be distillable: {beat}, none beyond chance {at_worst}"
         end = max(difference.high for difference in differences)
         found = f"none of {tried} beats the LS student, intervals end at {100 * end:+.1f} points {at_worst}"
         if end > LARGEST_MISS:
@@ -163,6 +187,8 @@ class AuditReport:
                 not set(report.teachers) <= set(each) for each in report.results.values()
             ):
                 raise ValueError("it lacks teachers or attacks that it has results of")
+            if any(len(report._right(key)) != len(report.seeds) for key in report.right):
+                raise ValueError(f"expected answers of {len(report.seeds)} students each, one for every seed")
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"a damaged audit report: {error}") from error
         return report
@@ -206,7 +232,7 @@ class AuditReport:
                 "that of data, answers, untrained students and training); "
                 "choose another folder or start again with fresh=True (--fresh)"
             )
-        self.baselines = dict(earlier.baselines)
+        self.baselines, self.right = dict(earlier.baselines), dict(earlier.right)
         self.attacks |= {
             name: attack
             for name, attack in earlier.attacks.items()
@@ -217,6 +243,11 @@ class AuditReport:
             for name, values in earlier.results.items()
             if name in self.attacks and self.attacks[name] == earlier.attacks.get(name)
         }
+
+
+def _key(name: str, teacher: str | None = None) -> str:
+    """Of `AuditReport.right`."""
+    return f"LS {name}" if teacher is None else f"{name}: {teacher}"
 
 
 def _without_nan(value: Any) -> Any:

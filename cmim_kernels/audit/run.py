@@ -90,10 +90,10 @@ def audit(
     todo += [name for name in chosen if name not in report.results and name not in report.skipped]
     for name in track(todo, "audit", progress):
         if name in chosen:
-            report.results[name] = trainer.knockoffs(chosen[name])
+            report.add_attack(name, trainer.knockoffs(chosen[name]))
         else:
             key = name.removeprefix("LS ")
-            report.baselines[key] = trainer.baseline(smoothings[key])
+            report.add_baseline(key, trainer.baseline(smoothings[key]))
         if out is not None:
             report.save(Path(out))
     report.results = {name: report.results[name] for name in report.attacks if name in report.results}

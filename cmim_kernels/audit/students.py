@@ -12,6 +12,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..validate import checked_count, checked_number
+from .answers import Answers
 
 StudentFactory = Callable[[], nn.Module]
 
@@ -174,15 +175,16 @@ class Students:
                 schedule.step()
 
     @torch.no_grad()
-    def accuracy(self, inputs: Tensor, labels: Tensor, chunk: int = 4096) -> Tensor:
-        """Share of right answers on (S, M, ...), (S, M): (R,) float64, NaN where logits are not finite."""
+    def answers(self, inputs: Tensor, labels: Tensor, chunk: int = 4096) -> Answers:
+        """What they say to test rows (S, M, ...), labels (S, M)."""
         self._module.eval()
-        right = torch.zeros(self._copies * labels.shape[0], dtype=torch.float64, device=labels.device)
+        finite = torch.ones(self._copies * labels.shape[0], dtype=torch.bool, device=labels.device)
+        right = []
         for start in range(0, labels.shape[1], chunk):
             logits = self(inputs[:, start : start + chunk])
-            hits = logits.argmax(-1) == labels[:, start : start + chunk].repeat(self._copies, 1)
-            right += torch.where(logits.isfinite().all(-1).all(-1), hits.sum(-1).double(), torch.nan)
-        return right / labels.shape[1]
+            right.append(logits.argmax(-1) == labels[:, start : start + chunk].repeat(self._copies, 1))
+            finite &= logits.isfinite().all(-1).all(-1)
+        return Answers(torch.cat(right, 1), finite)
 
 
 def batches(seeds: Sequence[int], rows: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .answers import Answers
 from .attacks import Attack, cross_entropy
 from .data import LABELS_ONLY, AuditData
 from .students import StudentFactory, Students, StudentTraining, batches, seeded, take
@@ -66,8 +67,8 @@ class Trainer:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def baseline(self, label_smoothing: float | None = None) -> list[float]:
-        """Accuracies (S) of students that see nothing but the attacker's labels; None: the LS student's."""
+    def baseline(self, label_smoothing: float | None = None) -> Answers:
+        """Answers (S) of students that see nothing but the attacker's labels; None: the LS student's."""
         smoothing = self.label_smoothing if label_smoothing is None else label_smoothing
         students = Students(self.student, self.seeds, 1, self.device)
         rows = self._batches(self.inputs.shape[1])
@@ -84,10 +85,10 @@ class Trainer:
                 "the student's weights must be drawn from torch's generator, or batches be smaller than the "
                 "data"
             )
-        return students.accuracy(self.test_inputs, self.test_labels).tolist()
+        return students.answers(self.test_inputs, self.test_labels)
 
-    def knockoffs(self, attack: Attack) -> dict[str, list[float]]:
-        """Accuracies (S) of each teacher's students, and of students under the same attack from labels only.
+    def knockoffs(self, attack: Attack) -> dict[str, Answers]:
+        """Answers (S) of each teacher's students, and of students under the same attack from labels only.
 
         The latter tell what the loss gives by itself; attacks with queries have no such control.
 
@@ -124,8 +125,8 @@ class Trainer:
             return loss
 
         students.train(self.training, step_loss)
-        accuracies = students.accuracy(self.test_inputs, self.test_labels).view(copies, -1)
-        return dict(zip(names, accuracies.tolist(), strict=True))
+        answers = students.answers(self.test_inputs, self.test_labels).split(copies)
+        return dict(zip(names, answers, strict=True))
 
     def _batches(self, rows: int) -> Iterator[Tensor]:
         return batches(self.seeds, rows, self.training.batch_size, self.device)

@@ -52,7 +52,7 @@ def tune_training(
     chosen_seeds = data.seeds(seeds)
     best, best_mean = None, -math.inf
     for name in track(list(grid), "tuning", progress):
-        accuracies = Trainer(data, student, chosen_seeds, grid[name], label_smoothing).baseline()
+        accuracies = Trainer(data, student, chosen_seeds, grid[name], label_smoothing).baseline().accuracies()
         mean = math.fsum(accuracies) / len(accuracies)
         if mean > best_mean:  # never true of NaN
             best, best_mean = grid[name], mean
