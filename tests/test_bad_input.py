@@ -135,6 +135,11 @@ LOSS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "smoothing_text": ({"label_smoothing": "0"}, TypeError, "label_smoothing.*str"),
     "ignore_index_float": ({"ignore_index": 1.0}, TypeError, "ignore_index.*float"),
     "ignore_index_bool": ({"ignore_index": True}, TypeError, "ignore_index.*bool"),
+    "ignore_index_small": (
+        {"ignore_index": -(2**63) - 1},
+        ValueError,
+        "ignore_index.*int64.*-9223372036854775809",
+    ),
     "ignore_index_large": ({"ignore_index": 2**63}, ValueError, "ignore_index.*int64.*9223372036854775808"),
     "reduction_unknown": ({"reduction": "avg"}, ValueError, "reduction.*'mean'.*'avg'"),
     "reduction_number": ({"reduction": 1}, ValueError, "reduction.*'mean'.*1"),
