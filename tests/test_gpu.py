@@ -110,9 +110,9 @@ def test_graphs_of_torch_compile(backend: str) -> None:
         value = loss(leaf, target)
         value.backward()
         expected, gradient = call(backend, logits, target, temperatures=spectrum)
-        assert torch.equal(value, expected)
-        assert leaf.grad is not None
-        assert torch.equal(leaf.grad, gradient)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+        assert leaf.grad is not None  # by the kernels of `saved`, whereas an eager call may keep the gradient
+        assert (leaf.grad - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 @backends
