@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -225,6 +226,22 @@ def test_evaluating_a_model() -> None:
         evaluate_concentration(model, [])
 
 
+@pytest.mark.parametrize(
+    ("loader", "model", "message"),
+    [
+        ([rows()[0]], nn.Identity(), r"loader must yield \(inputs, target, \.\.\.\), got Tensor"),
+        ([(rows()[0],)], nn.Identity(), r"loader must yield \(inputs, target, \.\.\.\), got tuple"),
+        ([rows()], nn.Flatten(0), rf"model must return logits of shape \(N, C\), got \({97 * C},\)"),
+        ([rows()], nn.LSTM(C, C), r"model must return logits of shape \(N, C\), got tuple"),
+    ],
+    ids=["no_batch", "no_target", "shape", "tuple"],
+)
+def test_what_a_model_and_a_loader_may_not_give(loader: Any, model: nn.Module, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        evaluate_concentration(model, loader, temperatures=SPECTRUM)
+    assert model.training
+
+
 def test_modes_are_restored_by_the_modules_own_methods() -> None:
     class Adapter(nn.Identity):
         """Merged while it is not trained, as low-rank adapters are."""
@@ -340,6 +357,13 @@ def check_rank(rank: int) -> None:
     torch.testing.assert_close(metric.compute().cmi, whole.cmi, rtol=1e-9, atol=0.0)
     torch.testing.assert_close(metric.compute().separation, whole.separation)
     assert torch.equal(metric.compute().counts, whole.counts)
+
+    share = [(logits[own], target[own])]
+    pooled = evaluate_concentration(
+        nn.Identity(), share, temperatures=SPECTRUM, group=torch.distributed.group.WORLD
+    )
+    torch.testing.assert_close(pooled.cmi, whole.cmi, rtol=1e-9, atol=0.0)
+    assert torch.equal(pooled.counts, whole.counts)
 
     from cmim_kernels.metrics import CMIMetric
 
