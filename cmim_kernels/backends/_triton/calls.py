@@ -208,7 +208,7 @@ def _large_sums(
     schedule: Schedule, of: Layout, k: int, upstream: str | None, up_stride: int, **others: None
 ) -> None:
     """Two launches for clusters of more than `plan.large` rows: their sums in parts, and put together."""
-    plan = schedule.plan
+    plan, end = schedule.plan, schedule.end
     schedule.room("large_parts", plan.slots, 2, 2, k, of.shape[1])
     schedule.room("large_scalars", plan.slots, 2, plan.tiles, 3)
     where = {"parts": "large_parts", "scalars": "large_scalars"}
@@ -222,3 +222,4 @@ def _large_sums(
         LARGE=plan.large,
     )
     schedule.launch("large.large_whole_kernel", programs, **where, **others, LARGE=plan.large)
+    schedule.end = end  # later launches need none of it: what is theirs may lie there

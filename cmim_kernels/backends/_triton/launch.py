@@ -108,12 +108,14 @@ class Schedule:
         self.launches: list[Launch] = []
         self.memory: dict[str, Block] = {}
         self.size = 0  # bytes of it
+        self.end = 0  # where the next of it goes
         self._started: dict[tuple[Any, ...], list[_Started]] = {}
 
     def room(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> str:
         """Memory that kernels know by this name, which it returns; undefined at first."""
-        self.memory[name] = Block(self.size, shape, dtype)
-        self.size += -(-prod(shape) * dtype.itemsize // _APART) * _APART
+        self.memory[name] = Block(self.end, shape, dtype)
+        self.end += -(-prod(shape) * dtype.itemsize // _APART) * _APART
+        self.size = max(self.size, self.end)
         return name
 
     def launch(self, name: str, programs: int, **own: Any) -> None:

@@ -213,8 +213,9 @@ def table(a: tuple[float, ...], w: tuple[float, ...], device: torch.device) -> T
     current = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def make() -> Tensor:
-        with torch.cuda.stream(current):
-            return _source(spectrum, device).to(device, non_blocking=True)
+        if current is not None:  # for good: the thread ends, and going back would make a context on device 0
+            torch.cuda.set_stream(current)
+        return _source(spectrum, device).to(device, non_blocking=True)
 
     # It outlives the memory that this thread may have to take for a while, as what torch.compile runs before it
     # records a CUDA graph has to: another thread's allocations do not go there.
