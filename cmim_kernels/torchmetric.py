@@ -76,14 +76,18 @@ class CMIMetric(Metric):
         Raises:
             TypeError: `incoming_state` is something else; a state alone does not tell its temperatures.
             ValueError: the temperatures or numbers of classes differ.
+            RuntimeError: this instance is synced.
         """
         if not isinstance(incoming_state, CMIMetric):
             raise TypeError(f"incoming_state must be a CMIMetric, got {type(incoming_state).__name__}")
+        if self._is_synced:
+            raise RuntimeError("cannot merge into a metric while it is synced with other processes")
         other = incoming_state
         check_mergeable(self.spectrum, self.num_classes, other.spectrum, other.num_classes)
         state = self._sums()
         state.take_in(other._pooled().to(state.counts.device), self._everything())
         self._computed = None  # what compute() has kept
+        self._update_count += other._update_count
 
     def _pooled(self) -> ClusterSums:
         """What all processes have seen, where their states have been brought together; else this one's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -307,12 +308,18 @@ def test_torchmetrics_states_are_merged() -> None:
         shards.append(CMIMetric(C, SPECTRUM))
         shards[-1].update(logits[part], target[part])
     before = shards[0].compute()["cmi"]
+    fresh = CMIMetric(C, SPECTRUM)
+    for shard in shards:
+        fresh.merge_state(shard)
     for shard in shards[1:]:
         shards[0].merge_state(shard)
-    found, whole = shards[0].compute(), stream(logits, target, 97)
-    assert not torch.equal(found["cmi"], before)
-    for name in ("cmi", "separation", "ncmi"):
-        torch.testing.assert_close(found[name], getattr(whole, name), rtol=1e-9, atol=0.0)
+    whole = stream(logits, target, 97)
+    assert not torch.equal(shards[0].compute()["cmi"], before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a metric that has seen nothing
+        for found in (shards[0].compute(), fresh.compute()):
+            for name in ("cmi", "separation", "ncmi"):
+                torch.testing.assert_close(found[name], getattr(whole, name), rtol=1e-9, atol=0.0)
     with pytest.raises(TypeError, match="incoming_state must be a CMIMetric, got dict"):
         shards[0].merge_state({})
     with pytest.raises(ValueError, match="other temperatures"):
@@ -375,6 +382,8 @@ def check_rank(rank: int) -> None:
     wrapped.update(logits[own], target[own])  # local sums again after compute
     assert wrapped.counts.shape == (C,)
     with wrapped.sync_context():
+        with pytest.raises(RuntimeError, match="while it is synced"):
+            wrapped.merge_state(CMIMetric(C, SPECTRUM))
         pooled = CMIMetric(C, SPECTRUM)
         pooled.merge_state(wrapped)
     torch.testing.assert_close(pooled._sums().figures(SPECTRUM).cmi, whole.cmi, rtol=1e-9, atol=0.0)
