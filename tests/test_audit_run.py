@@ -59,7 +59,7 @@ def test_a_good_teacher_is_found_distillable() -> None:
 def test_the_rows_that_were_right_are_kept_where_seeds_share_them() -> None:
     report = audit(data(), STUDENT, attacks=["kd-t4"], seeds=3, training=FAST, progress=False)
     for teacher, accuracies in report.results["kd-t4"].items():
-        right = unpacked(report.right[f"kd-t4: {teacher}"], 400)
+        right = unpacked(report.right[f"kd-t4 | {teacher}"], 400)
         assert right.double().mean(1).tolist() == accuracies
     assert unpacked(report.right["LS 0.1"], 400).double().mean(1).tolist() == report.baseline
     wide = report.difference("bayes", "kd-t4").standard_error

@@ -108,22 +108,32 @@ def test_undecided_where_much_may_have_been_missed() -> None:
     assert "(4 diverged)" in cell(scattered.difference("t", "b"))
 
 
-def test_test_rows_that_all_seeds_share() -> None:
-    """Two students that gain the same few rows of a hundred: sure of the seeds, not of the rows."""
+def shared_report(gained: int = 3) -> AuditReport:
+    """Students that gain the same few of a hundred rows over 80 that the LS students get right."""
     right = torch.zeros(6, 100, dtype=torch.bool)
     right[:, :80] = True
     better = right.clone()
-    better[:, 80:83] = True
+    better[:, 80 : 80 + gained] = True
     report = made_report()
     report.settings = {"test_rows": 100, "data_per_seed": False}
     report.attacks["a"] = {"paper": "", "threat": "published"}
     finite = torch.ones(6, dtype=torch.bool)
     report.add_baseline("0.1", Answers(right, finite))
     report.add_attack("a", {"t": Answers(better, finite)})
+    return report
+
+
+def test_test_rows_that_all_seeds_share() -> None:
+    """Sure of the seeds, not of the rows."""
+    report = shared_report()
     found = report.difference("t", "a")
     assert found.mean == pytest.approx(0.03)
-    assert found.standard_error == pytest.approx(math.sqrt(0.01**2 / 6 + 0.03 * 0.97 / 99))
+    parts = 0.01 / math.sqrt(6), math.sqrt(0.03 * 0.97 / 99)
+    assert found.standard_error == pytest.approx(math.hypot(*parts))
+    half = math.hypot(parts[0] * t_quantile(0.975, 5), parts[1] * t_quantile(0.975, 99))
+    assert found.high - found.mean == pytest.approx(half)
     assert found.low < 0
+    assert report.verdict("t").endswith("; more test rows would tell")
     own_rows = made_report(a=[0.83] * 6)
     own_rows.settings, own_rows.baselines = {"test_rows": 100, "data_per_seed": True}, {"0.1": [0.8] * 6}
     assert own_rows.difference("t", "a").low > 0
@@ -137,20 +147,36 @@ def test_diverged_students_and_their_rows_are_left_out() -> None:
     of_pairs = 0.25**2 / 2 / 2
     of_rows = (0.125**2 + 2 * 0.375**2 + 0.625**2) / 3 / 4
     assert found.standard_error == pytest.approx(math.sqrt(of_pairs + of_rows))
-    freedom = (of_pairs + of_rows) ** 2 / (of_pairs**2 / 1 + of_rows**2 / 3)  # Satterthwaite's
-    assert found.high - found.mean == pytest.approx(t_quantile(0.975, int(freedom)) * found.standard_error)
-    assert found.left_out == 1
-    assert paired_difference([0.8, 0.7], [0.3, 0.3], 1e-3, rows[:2, :1]).high == math.inf
+    assert (found.left_out, found.lacking) == (1, "seeds")
+    one_row = paired_difference([0.8, 0.7], [0.3, 0.3], 1e-3, rows[:2, :1])
+    assert (one_row.high, one_row.lacking) == (math.inf, "test rows")
 
 
-@pytest.mark.parametrize(("spread", "seeds_alone"), [(0.0, 0.85), (0.2, 0.93)])
-def test_intervals_over_shared_rows_cover_what_they_say(spread: float, seeds_alone: float) -> None:
+@pytest.mark.parametrize("values", [[0.91, 0.93, 0.95], [0.85, 0.88, 0.87], [0.90, 0.90, 0.90]])
+@pytest.mark.parametrize("shared", [False, True])
+def test_p_is_that_of_the_interval_that_ends_at_zero(values: list[float], shared: bool) -> None:
+    g = torch.Generator().manual_seed(2)
+    rows = torch.randint(-1, 2, (3, 400), generator=g) if shared else None
+    d = paired_difference(values, [0.9] * 3, 1e-3, rows)
+    confidence = abs(1 - 2 * d.p)
+    at_zero = paired_difference(values, [0.9] * 3, 1e-3, rows, confidence=confidence)
+    end = at_zero.low if d.mean > 0 else at_zero.high
+    assert end == pytest.approx(0, abs=1e-9)
+    assert (d.p < 0.5) == (d.mean > 0)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "spread", "seeds_alone"), [(5, 0.0, 0.85), (5, 0.2, 0.93), (3, 0.0, 0.93), (2, 0.1, 1.0)]
+)
+def test_intervals_over_shared_rows_cover_what_they_say(
+    seeds: int, spread: float, seeds_alone: float
+) -> None:
     """Two kinds of students equally good on rows at large, each better on rows of its own; and how seldom the
     interval over seeds alone has that in it.
     """
     g = torch.Generator().manual_seed(0)
-    seeds, rows, trials = 5, 300, 200
-    covered = torch.zeros(2)
+    rows, trials = 300, 300
+    covered, certain = torch.zeros(2), 0
     for _ in range(trials):
         ease, lead = 1 + 2 * torch.randn(rows, generator=g), 2 * torch.randn(rows, generator=g)
         a, b = (
@@ -162,6 +188,8 @@ def test_intervals_over_shared_rows_cover_what_they_say(spread: float, seeds_alo
         for i, shared in enumerate((a.double() - b.double(), None)):
             d = paired_difference(values, baseline, 1 / rows, shared)
             covered[i] += d.low <= 0 <= d.high
+            certain += shared is not None and d.p < 0.002
+    assert certain <= 3
     assert covered[0] >= 0.93 * trials
     assert covered[1] < seeds_alone * trials
 
@@ -175,14 +203,29 @@ def test_the_best_smoothing_is_none_that_diverged() -> None:
 @pytest.mark.parametrize(
     ("was", "becomes"),
     [
+        ('"a | t": [', '"b | t": ['),
+        ('"LS 0.1": [', '"LS 0.2": ['),
+        (80 // 4 * "f", 79 // 4 * "f" + "0"),
+        (80 // 4 * "f", "zz"),
+        (80 // 4 * "f" + '000000"', '"'),
+    ],
+)
+def test_damaged_answers(was: str, becomes: str) -> None:
+    text = shared_report().to_json()
+    assert was in text
+    assert AuditReport.from_json(text) == shared_report()
+    with pytest.raises(ValueError, match="a damaged audit report: "):
+        AuditReport.from_json(text.replace(was, becomes, 1))
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
         ('"baselines": {', '"baselines": null, "other": {'),
         ('"baselines": {', '"baselines": {"0.2": [0.5],'),
         ('"baselines": {', '"baselines": {"0.2": ["x", 1, 1, 1, 1, 1],'),
         ('"attacks": {', '"attacks": {}, "skipped": {"x": "'),
         ('"t": [', '"u": ['),
-        ('"right": {', '"right": {"a: t": ["00"]'),
-        ('"right": {', '"right": {"a: t": ["zz"]'),
-        ('"right": {', f'"right": {{"a: t": ["{250 * "0"}"]'),  # of one seed
     ],
 )
 def test_damaged_reports(was: str, becomes: str) -> None:

@@ -48,8 +48,8 @@ def unpacked(packed: Sequence[str], rows: int) -> Tensor:
     Raises:
         ValueError: these are not the answers to so many rows.
     """
-    found = [bytes.fromhex(text) for text in packed]
-    if any(len(row) != -(-rows // 8) for row in found):
+    found = bytearray().join(bytes.fromhex(text) for text in packed)
+    if any(len(text) != 2 * -(-rows // 8) for text in packed):
         raise ValueError(f"expected answers to {rows} test rows")
-    bits = (torch.tensor([list(row) for row in found], dtype=torch.uint8).unsqueeze(-1) >> _BITS) & 1
+    bits = (torch.frombuffer(found, dtype=torch.uint8).view(len(packed), -1, 1) >> _BITS) & 1
     return bits.flatten(1)[:, :rows].bool()

@@ -155,10 +155,11 @@ class AuditReport:
             return f"distillable: {beat}, {certain} beyond chance {at_worst}"
         if beaten:
             return f"not shown to be distillable: {beat}, none beyond chance {at_worst}"
-        end = max(difference.high for difference in differences)
+        widest = max(differences, key=lambda difference: difference.high)
+        end = widest.high
         found = f"none of {tried} beats the LS student, intervals end at {100 * end:+.1f} points {at_worst}"
         if end > LARGEST_MISS:
-            return f"undecided: {found}; more seeds would tell"
+            return f"undecided: {found}; more {widest.lacking} would tell"
         return f"undistillable by the attacks tried: {found}"
 
     def to_json(self) -> str:
@@ -187,11 +188,22 @@ class AuditReport:
                 not set(report.teachers) <= set(each) for each in report.results.values()
             ):
                 raise ValueError("it lacks teachers or attacks that it has results of")
-            if any(len(report._right(key)) != len(report.seeds) for key in report.right):
-                raise ValueError(f"expected answers of {len(report.seeds)} students each, one for every seed")
-        except (AttributeError, TypeError, ValueError) as error:
+            if not report.settings["data_per_seed"]:
+                report._check_right()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"a damaged audit report: {error}") from error
         return report
+
+    def _check_right(self) -> None:
+        """Raises where it does not have the rows that students got right, or other ones than they have."""
+        everything = {_key(smoothing): values for smoothing, values in self.baselines.items()}
+        for name, each in self.results.items():
+            everything |= {_key(name, teacher): values for teacher, values in each.items()}
+        for key, accuracies in everything.items():
+            shares = self._right(key).double().mean(1).tolist()
+            for share, accuracy in zip(shares, accuracies, strict=True):
+                if abs(share - accuracy) * self.settings["test_rows"] > 0.5:  # not NaN, of one that diverged
+                    raise ValueError(f"{key}: the accuracies are not those of the rows that were right")
 
     def _accuracies(self, found: Mapping[str, Sequence[float | None]]) -> dict[str, list[float]]:
         """As they were before `to_json`; raises where there is not one for each seed."""
@@ -247,7 +259,7 @@ class AuditReport:
 
 def _key(name: str, teacher: str | None = None) -> str:
     """Of `AuditReport.right`."""
-    return f"LS {name}" if teacher is None else f"{name}: {teacher}"
+    return f"LS {name}" if teacher is None else f"{name} | {teacher}"
 
 
 def _without_nan(value: Any) -> Any:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-_NORMAL = 1000  # degrees of freedom beyond which more make no difference
+_NORMAL = 200  # degrees of freedom from which Student's distribution is taken for the normal one
 
 
 @dataclass(frozen=True)
 class Difference:
     """Mean of n paired differences, its standard error and the two-sided interval around it, in the inputs'
     units; and the probability of a mean this high or higher where there is no difference. `left_out` pairs
-    had a NaN.
+    had a NaN. The interval is wide for want of what is `lacking`, "seeds" or "test rows".
     """
 
     n: int
@@ -26,6 +27,7 @@ class Difference:
     low: float
     high: float
     p: float
+    lacking: str
 
 
 def t_cdf(t: float, df: int) -> float:
@@ -67,29 +69,54 @@ def paired_difference(
     are multiples of `resolution` agree now and then by chance: the standard deviation of the pairs is taken
     to be no smaller.
 
-    rows: (pairs, M), where each number is a mean over the same M rows, the difference in every row. The
-    variance of their mean over the pairs then adds to that of the pairs, as in a table of pairs by rows both
-    drawn at random; what a pair and a row have together is counted twice, so that the interval is rather too
-    wide. The degrees of freedom are Satterthwaite's.
+    rows: (pairs, M), where each number is a mean over the same M rows, the difference in every row. Pairs and
+    rows are then both taken to be drawn at random, and the squares of the half-widths that each alone would
+    give add up (what a pair and a row have together is in both, so that the interval is rather too wide).
+    Adding variances would not do: that of few pairs is small by chance now and then. `p` is that of the
+    interval that ends at zero.
     """
     kept = [not (math.isnan(a) or math.isnan(b)) for a, b in zip(values, baseline, strict=True)]
     pairs = [a - b for a, b, keep in zip(values, baseline, kept, strict=True) if keep]
     n, left_out = len(pairs), len(values) - len(pairs)
     if n == 0:
-        return Difference(0, left_out, math.nan, math.nan, math.nan, math.nan, 1.0)
+        return Difference(0, left_out, math.nan, math.nan, math.nan, math.nan, 1.0, "seeds")
     mean = math.fsum(pairs) / n
     if n == 1 or (rows is not None and rows.shape[1] == 1):
-        return Difference(n, left_out, mean, math.inf, -math.inf, math.inf, 1.0)
+        lacking = "seeds" if n == 1 else "test rows"
+        return Difference(n, left_out, mean, math.inf, -math.inf, math.inf, 1.0, lacking)
     deviation = math.sqrt(math.fsum((pair - mean) ** 2 for pair in pairs) / (n - 1))
-    variance, freedom = max(deviation, resolution) ** 2 / n, n - 1
+    of_pairs, of_rows, freedom = max(deviation, resolution) / math.sqrt(n), 0.0, _NORMAL
     if rows is not None:
-        of_rows = float(rows[torch.tensor(kept)].double().mean(0).var()) / rows.shape[1]
-        of_pairs, variance = variance, variance + of_rows
-        parts = of_pairs**2 / (n - 1) + of_rows**2 / (rows.shape[1] - 1)
-        freedom = min(int(variance**2 / parts), _NORMAL)
-    error = math.sqrt(variance)
-    half = t_quantile(0.5 + confidence / 2, freedom) * error
-    return Difference(n, left_out, mean, error, mean - half, mean + half, 1 - t_cdf(mean / error, freedom))
+        by_row = rows[torch.tensor(kept, device=rows.device)].double().mean(0)
+        of_rows, freedom = float(by_row.var() / len(by_row)) ** 0.5, len(by_row) - 1
+
+    def half_widths(t: float) -> tuple[float, float]:
+        """Of pairs and of rows, at the level at which that of pairs is t standard errors."""
+        return t * of_pairs, _quantile(t_cdf(t, n - 1), freedom) * of_rows
+
+    parts = half_widths(t_quantile(0.5 + confidence / 2, n - 1))
+    half = math.hypot(*parts)
+    low, high = 0.0, abs(mean) / of_pairs
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.hypot(*half_widths(middle)) < abs(mean) else (low, middle)
+    return Difference(
+        n,
+        left_out,
+        mean,
+        math.hypot(of_pairs, of_rows),
+        mean - half,
+        mean + half,
+        1 - t_cdf(math.copysign(high, mean), n - 1),
+        "seeds" if parts[0] >= parts[1] else "test rows",
+    )
+
+
+def _quantile(probability: float, df: int) -> float:
+    """`t_quantile`, and the normal distribution's where that is as good."""
+    if df < _NORMAL:
+        return t_quantile(probability, df)
+    return NormalDist().inv_cdf(min(probability, 1 - 2**-53))
 
 
 def holm(p: Mapping[str, float], level: float) -> list[str]:
