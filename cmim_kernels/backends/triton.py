@@ -20,6 +20,7 @@ from torch import Tensor
 from ..reference import MEAN, NONE, SPECTRUM
 from . import ARGUMENTS
 from ._triton import calls
+from ._triton.launch import Schedule
 from ._triton.plan import MAX_CLASSES, MAX_ROWS, MAX_TEMPERATURES, Plan, interpreting, make_plan, table
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,22 +88,16 @@ def _loss(
     what = calls.terms(reduction, ce_weight, cmi_weight, label_smoothing)
     schedule = calls.forward(of, a, what, centroids is not None, ignore_index)
     saved = value.new_empty(schedule.plan.saved)
-    with torch.cuda.device_of(logits):
-        tensors = {
-            "logits": logits,
-            "target": target,
-            "class_weight": class_weight,
-            "centroids": centroids,
-            "table": table(a, w, logits.device),
-            "saved": saved,
-            "value": value,
-            **_places(schedule.plan, logits, target, ignore_index),
-        }
-        schedule.run(
-            logits.device,
-            tensors,
-            {"ce_weight": ce_weight, "cmi_weight": cmi_weight, "smoothing": label_smoothing},
-        )
+    tensors = {
+        "target": target,
+        "class_weight": class_weight,
+        "centroids": centroids,
+        "saved": saved,
+        "value": value,
+        **_places(schedule.plan, logits, target, ignore_index),
+    }
+    numbers = {"ce_weight": ce_weight, "cmi_weight": cmi_weight, "smoothing": label_smoothing}
+    _run(schedule, logits, a, w, tensors, numbers)
     return value, saved if save else value.new_empty(0)
 
 
@@ -129,21 +124,15 @@ def _loss_backward(
     what = calls.terms(reduction, ce_weight, cmi_weight, label_smoothing)
     stride = grad.stride(0) if grad.dim() else 0
     schedule = calls.backward(of, a, what, centroids is not None, stride)
-    with torch.cuda.device_of(logits):
-        tensors = {
-            "logits": logits,
-            "class_weight": class_weight,
-            "centroids": centroids,
-            "table": table(a, w, logits.device),
-            "saved": saved,
-            "grad": grad,
-            "grad_logits": out,
-        }
-        schedule.run(
-            logits.device,
-            tensors,
-            {"ce_weight": ce_weight, "cmi_weight": cmi_weight, "smoothing": label_smoothing},
-        )
+    tensors = {
+        "class_weight": class_weight,
+        "centroids": centroids,
+        "saved": saved,
+        "grad": grad,
+        "grad_logits": out,
+    }
+    numbers = {"ce_weight": ce_weight, "cmi_weight": cmi_weight, "smoothing": label_smoothing}
+    _run(schedule, logits, a, w, tensors, numbers)
     return out
 
 
@@ -157,17 +146,23 @@ def _class_centroids(
         return out, counts
     a, w = tuple(inverse_temperatures), (0.0,) * k
     schedule = calls.centroids(calls.layout(logits, target), a, ignore_index)
-    with torch.cuda.device_of(logits):
-        tensors = {
-            "logits": logits,
-            "target": target,
-            "table": table(a, w, logits.device),
-            "centroids": out,
-            "counts": counts,
-            **_places(schedule.plan, logits, target, ignore_index),
-        }
-        schedule.run(logits.device, tensors, {})
+    places = _places(schedule.plan, logits, target, ignore_index)
+    _run(schedule, logits, a, w, {"target": target, "centroids": out, "counts": counts, **places}, {})
     return out, counts
+
+
+def _run(
+    schedule: Schedule,
+    logits: Tensor,
+    a: tuple[float, ...],
+    w: tuple[float, ...],
+    tensors: dict[str, Tensor | None],
+    numbers: dict[str, float],
+) -> None:
+    """On the logits' device and its current stream, with the logits and the table of temperatures a, w."""
+    with torch.cuda.device_of(logits):
+        of_all = {"logits": logits, "table": table(a, w, logits.device)}
+        schedule.run(logits.device, of_all | tensors, numbers)
 
 
 def _places(plan: Plan, logits: Tensor, target: Tensor, ignore_index: int) -> dict[str, Tensor]:

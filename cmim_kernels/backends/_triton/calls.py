@@ -49,15 +49,15 @@ def forward(of: Layout, a: tuple[float, ...], what: Terms, given: bool, ignore_i
     rows that are sorted first, and the numbers ce_weight, cmi_weight, smoothing.
     """
     names = ("logits", "target", "class_weight", "centroids", "table", "saved", "value", *_PLACES, *_NUMBERS)
-    schedule = _schedule(names, of, a, what.reduction == NONE, given)
+    schedule = _schedule(names, of, a, what, given)
     plan = schedule.plan
     (n, _), k = of.shape, len(a)
     padded = temperatures(a).padded
     tiles, chunk = (plan.tiles, plan.chunk) if what.cmi else (1, ROWS_OF_SUMS)
     chunks = -(-n // chunk)
     schedule.room("counters", 1 + chunks, dtype=torch.int32)
-    _rows(schedule, of, what, given, ignore_index, 1 + chunks)
-    large = plan.large if what.cmi else 0
+    _rows(schedule, of, given, ignore_index, 1 + chunks)
+    large = what.cmi and plan.large > 0
     if large:
         schedule.room("large_masses", plan.slots, tiles, k)
         _large_sums(schedule, of, k, upstream=None, up_stride=0, large_pulls=None)
@@ -74,11 +74,6 @@ def forward(of: Layout, a: tuple[float, ...], what: Terms, given: bool, ignore_i
         large_masses="large_masses" if large else None,
         tiles=tiles,
         chunks=chunks,
-        REDUCTION=what.reduction,
-        HAS_CE=what.ce,
-        HAS_CMI=what.cmi,
-        GIVEN=given,
-        LARGE=large,
         CHUNK=chunk,
         FR=max(1, ROWS_OF_SUMS * 8 // padded),
     )
@@ -89,13 +84,12 @@ def forward(of: Layout, a: tuple[float, ...], what: Terms, given: bool, ignore_i
 def backward(of: Layout, a: tuple[float, ...], what: Terms, given: bool, grad_stride: int) -> Schedule:
     """The gradient: brings logits, class_weight, centroids, table, saved, grad, grad_logits and the numbers."""
     names = ("logits", "class_weight", "centroids", "table", "saved", "grad", "grad_logits", *_NUMBERS)
-    schedule = _schedule(names, of, a, what.reduction == NONE, given)
+    schedule = _schedule(names, of, a, what, given)
     plan = schedule.plan
     (n, c), k = of.shape, len(a)
-    large = plan.large if what.cmi else 0
     large_pulls = pull_parts = None
     if what.reduction == NONE and what.cmi and not given:
-        if large:
+        if plan.large:
             large_pulls = schedule.room("large_pulls", plan.slots, k, c)
             _large_sums(schedule, of, k, upstream="grad", up_stride=grad_stride, large_masses=None)
         pull_parts = schedule.room("pull_parts", plan.tiles, n, k)
@@ -106,8 +100,6 @@ def backward(of: Layout, a: tuple[float, ...], what: Terms, given: bool, grad_st
             large_pulls=large_pulls,
             parts=pull_parts,
             up_stride=grad_stride,
-            LARGE=large,
-            CHUNK=plan.chunk,
         )
     out_vec = vector((c, 1), of.dtype)
     schedule.launch(
@@ -118,13 +110,6 @@ def backward(of: Layout, a: tuple[float, ...], what: Terms, given: bool, grad_st
         out_units=c // out_vec,
         OUT_VEC=out_vec,
         grad_stride=grad_stride,
-        REDUCTION=what.reduction,
-        HAS_CE=what.ce,
-        HAS_CMI=what.cmi,
-        GIVEN=given,
-        SMOOTH=what.smooth,
-        LARGE=large,
-        CHUNK=plan.chunk,
     )
     return schedule
 
@@ -133,12 +118,11 @@ def backward(of: Layout, a: tuple[float, ...], what: Terms, given: bool, grad_st
 def centroids(of: Layout, a: tuple[float, ...], ignore_index: int) -> Schedule:
     """The centroids as a result: brings logits, target, table, centroids, counts and the places of sorted rows."""
     names = ("logits", "target", "table", "centroids", "counts", *_PLACES)
-    schedule = _schedule(names, of, a, per_row=False, given=False)
+    schedule = _schedule(names, of, a, Terms(SPECTRUM, ce=False, cmi=True, smooth=False), given=False)
     plan = schedule.plan
     schedule.room("saved", plan.saved)
-    alone = Terms(SPECTRUM, ce=False, cmi=True, smooth=False)
-    _rows(schedule, of, alone, True, ignore_index, 0, counters=None, class_weight=None, smoothing=0.0)
-    schedule.launch("centroids.centroids_kernel", plan.chunks * plan.tiles, CHUNK=plan.chunk)
+    _rows(schedule, of, True, ignore_index, 0, counters=None, class_weight=None, smoothing=0.0)
+    schedule.launch("centroids.centroids_kernel", plan.chunks * plan.tiles)
     return schedule
 
 
@@ -146,13 +130,11 @@ _PLACES = ("order", "firsts", "ends")
 _NUMBERS = ("ce_weight", "cmi_weight", "smoothing")
 
 
-def _schedule(
-    names: tuple[str, ...], of: Layout, a: tuple[float, ...], per_row: bool, given: bool
-) -> Schedule:
+def _schedule(names: tuple[str, ...], of: Layout, a: tuple[float, ...], what: Terms, given: bool) -> Schedule:
     """One without launches yet."""
     n, c = of.shape
     t = temperatures(a)
-    plan = make_plan(n, c, len(a), per_row, given)
+    plan = make_plan(n, c, len(a), what.reduction == NONE, given)
     vec = vector(of.strides, of.dtype)
     return Schedule(
         plan,
@@ -171,13 +153,19 @@ def _schedule(
         tiles=plan.tiles,
         R=plan.rows,
         BC=plan.columns,
+        CHUNK=plan.chunk,
+        LARGE=plan.large if what.cmi else 0,
+        REDUCTION=what.reduction,
+        HAS_CE=what.ce,
+        HAS_CMI=what.cmi,
+        SMOOTH=what.smooth,
+        GIVEN=given,
     )
 
 
 def _rows(
     schedule: Schedule,
     of: Layout,
-    what: Terms,
     solo: bool,
     ignore_index: int,
     n_counters: int,
@@ -197,10 +185,7 @@ def _rows(
         target_stride=of.target_stride,
         n_counters=n_counters,
         ignore_index=ignore_index,
-        HAS_CE=what.ce,
-        HAS_CMI=what.cmi,
         SOLO=solo,
-        SMOOTH=what.smooth,
     )
 
 
@@ -219,7 +204,6 @@ def _large_sums(
         **where,
         upstream=upstream,
         up_stride=up_stride,
-        LARGE=plan.large,
     )
-    schedule.launch("large.large_whole_kernel", programs, **where, **others, LARGE=plan.large)
+    schedule.launch("large.large_whole_kernel", programs, **where, **others)
     schedule.end = end  # later launches need none of it: what is theirs may lie there
