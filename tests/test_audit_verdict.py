@@ -108,12 +108,12 @@ def test_undecided_where_much_may_have_been_missed() -> None:
     assert "(4 diverged)" in cell(scattered.difference("t", "b"))
 
 
-def shared_report(gained: int = 3) -> AuditReport:
-    """Students that gain the same few of a hundred rows over 80 that the LS students get right."""
+def shared_report() -> AuditReport:
+    """Students that gain the same three of a hundred rows over 80 that the LS students get right."""
     right = torch.zeros(6, 100, dtype=torch.bool)
     right[:, :80] = True
     better = right.clone()
-    better[:, 80 : 80 + gained] = True
+    better[:, 80:83] = True
     report = made_report()
     report.settings = {"test_rows": 100, "data_per_seed": False}
     report.attacks["a"] = {"paper": "", "threat": "published"}

@@ -58,28 +58,37 @@ class AuditReport:
     @property
     def baseline(self) -> list[float]:
         """The LS student's accuracies."""
-        return self.baselines[f"{self.label_smoothing:g}"]
+        return self.baselines[self._smoothing]
+
+    @property
+    def _smoothing(self) -> str:
+        """The LS student's among `baselines`."""
+        return f"{self.label_smoothing:g}"
 
     def difference(self, teacher: str, attack: str, against: str | None = None) -> Difference:
         """A teacher's students (or those of `LABELS_ONLY`) minus the LS students, paired by seed, as shares
         of the test set; or minus another teacher's students under the same attack.
         """
-        if against is None:
-            other, key = self.baseline, _key(f"{self.label_smoothing:g}")
-        else:
-            other, key = self.results[attack][against], _key(attack, against)
-        return self._paired(self.results[attack][teacher], _key(attack, teacher), other, key)
+        other = _key(self._smoothing) if against is None else _key(attack, against)
+        return self._paired(_key(attack, teacher), other)
 
     def control(self, label_smoothing: str) -> Difference:
         """Students of another label smoothing (a key of `baselines`) minus the LS students."""
-        own = f"{self.label_smoothing:g}"
-        return self._paired(self.baselines[label_smoothing], _key(label_smoothing), self.baseline, _key(own))
+        return self._paired(_key(label_smoothing), _key(self._smoothing))
 
-    def _paired(self, values: Sequence[float], key: str, baseline: Sequence[float], other: str) -> Difference:
+    def _paired(self, key: str, other: str) -> Difference:
         rows = None
         if key in self.right and other in self.right and key != other:
             rows = self._right(key).double() - self._right(other).double()
-        return paired_difference(values, baseline, 1 / self.settings["test_rows"], rows)
+        accuracies = self._by_key()
+        return paired_difference(accuracies[key], accuracies[other], 1 / self.settings["test_rows"], rows)
+
+    def _by_key(self) -> dict[str, list[float]]:
+        """All accuracies, by `_key`."""
+        found = {_key(smoothing): values for smoothing, values in self.baselines.items()}
+        for name, each in self.results.items():
+            found |= {_key(name, teacher): values for teacher, values in each.items()}
+        return found
 
     def _right(self, key: str) -> Tensor:
         return unpacked(self.right[key], self.settings["test_rows"])
@@ -196,10 +205,7 @@ class AuditReport:
 
     def _check_right(self) -> None:
         """Raises where it does not have the rows that students got right, or other ones than they have."""
-        everything = {_key(smoothing): values for smoothing, values in self.baselines.items()}
-        for name, each in self.results.items():
-            everything |= {_key(name, teacher): values for teacher, values in each.items()}
-        for key, accuracies in everything.items():
+        for key, accuracies in self._by_key().items():
             shares = self._right(key).double().mean(1).tolist()
             for share, accuracy in zip(shares, accuracies, strict=True):
                 if abs(share - accuracy) * self.settings["test_rows"] > 0.5:  # not NaN, of one that diverged

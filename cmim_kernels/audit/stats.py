@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -46,13 +46,19 @@ def t_cdf(t: float, df: int) -> float:
 
 
 def t_quantile(probability: float, df: int) -> float:
-    """The t with P(T <= t) = probability, for a probability in [0.5, 1), by bisection."""
-    low, high = 0.0, 1.0
+    """The t with P(T <= t) = probability, for a probability in [0.5, 1)."""
+    high = 1.0
     while t_cdf(high, df) < probability:
         high *= 2
+    return _least(lambda t: t_cdf(t, df) >= probability, high)
+
+
+def _least(reached: Callable[[float], bool], high: float) -> float:
+    """The least number in [0, high] from which on `reached` holds, as it does at `high`; by bisection."""
+    low = 0.0
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, df) < probability else (low, middle)
+        low, high = (low, middle) if reached(middle) else (middle, high)
     return high
 
 
@@ -96,10 +102,7 @@ def paired_difference(
 
     parts = half_widths(t_quantile(0.5 + confidence / 2, n - 1))
     half = math.hypot(*parts)
-    low, high = 0.0, abs(mean) / of_pairs
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if math.hypot(*half_widths(middle)) < abs(mean) else (low, middle)
+    t_at_zero = _least(lambda t: math.hypot(*half_widths(t)) >= abs(mean), abs(mean) / of_pairs)
     return Difference(
         n,
         left_out,
@@ -107,7 +110,7 @@ def paired_difference(
         math.hypot(of_pairs, of_rows),
         mean - half,
         mean + half,
-        1 - t_cdf(math.copysign(high, mean), n - 1),
+        1 - t_cdf(math.copysign(t_at_zero, mean), n - 1),
         "seeds" if parts[0] >= parts[1] else "test rows",
     )
 
