@@ -3,6 +3,7 @@
 `_cpu.so` and, where it can be built, `_cuda.so` are plain shared libraries that
 `torch.ops.load_library` loads. They use PyTorch's stable ABI only, so one binary serves every Python and
 every torch from 2.11 on. They are built against the torch of the environment that the package goes into.
+Where Python's headers are there, `_cpu.so` is also a module of its limited API: see csrc/direct.cpp.
 
 Environment variables: CMIM_KERNELS_CUDA=1 builds the CUDA library or fails, 0 leaves it out, unset it is
 built where torch is a CUDA build and nvcc is there; CUDA_ARCH_LIST ("80 90") narrows its architectures;
@@ -218,6 +219,13 @@ def add_library(
     ninja.link(target, objects, link, [f"-L{torch.root / 'lib'}", *libraries])
 
 
+def python_includes() -> list[str]:
+    """Empty where there are no headers, or none of the limited API: then every call takes the operators."""
+    include = sysconfig.get_path("include")
+    usable = (Path(include) / "Python.h").is_file() and not sysconfig.get_config_var("Py_GIL_DISABLED")
+    return ["-isystem", include] if usable else []
+
+
 def add_cpu_library(ninja: NinjaFile, target: Path, torch: Torch) -> None:
     werror = ["-Werror"] if os.environ.get("CMIM_KERNELS_WERROR") == "1" else []
     base = [*compiler(), *CXXFLAGS, *werror, f"-I{CSRC}"]
@@ -225,10 +233,12 @@ def add_cpu_library(ninja: NinjaFile, target: Path, torch: Torch) -> None:
     for stem, (name, flags) in product(PER_VARIANT, VARIANTS.items()):
         command = [*base, f"-DCMIM_VARIANT={name}", *flags, *extra_flags("CXXFLAGS")]
         objects.append(ninja.compile(CSRC / "cpu" / f"{stem}.cpp", f"{stem}_{name}", command))
-    for source in [CSRC / "ops.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]:
-        if source.stem not in PER_VARIANT:
-            command = [*base, *torch.definitions(), *torch.includes(), *extra_flags("CXXFLAGS")]
-            objects.append(ninja.compile(source, f"cpu_{source.stem}", command))
+    sources = {CSRC / "ops.cpp": torch.definitions(), CSRC / "cpu" / "loss.cpp": []}
+    if python_includes():
+        sources[CSRC / "direct.cpp"] = python_includes()
+    for source, flags in sources.items():
+        command = [*base, *flags, *torch.includes(), *extra_flags("CXXFLAGS")]
+        objects.append(ninja.compile(source, f"cpu_{source.stem}", command))
     add_library(ninja, target, objects, torch, ["-ltorch_cpu"])
 
 

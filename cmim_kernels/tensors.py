@@ -1,4 +1,4 @@
-"""Tensors whose numbers must not be asked for, and those whose dtype must not change."""
+"""Tensors whose numbers must not be asked for, that are nothing but numbers, or that keep their dtype."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ def without_data(tensor: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
+
+
+def needs_no_dispatch(logits: Tensor, target: Tensor) -> bool:
+    """Whether an operator on them may be called past PyTorch's dispatcher.
+
+    It does nothing then but call the kernel, and nobody looks: no tracer, no mode, no profiler.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(logits) is type(target) is Tensor
+        and not (logits.is_neg() or target.is_neg())
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._autograd._profiler_enabled()
     )
 
 

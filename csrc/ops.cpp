@@ -15,9 +15,11 @@
 #include <vector>
 
 #include "cpu/loss.h"
+#include "pool.h"
 
 namespace {
 
+using cmim::torch_pool;
 using cmim::cpu::Reduction;
 using cmim::cpu::Request;
 using cmim::cpu::Storage;
@@ -29,10 +31,6 @@ void run_on_pool(int64_t count, void (*fn)(void*, int64_t), void* arg) {
   torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) fn(arg, i);
   });
-}
-
-cmim::cpu::Pool pool() {
-  return {int(torch::stable::get_num_threads()), run_on_pool};
 }
 
 Storage storage_of(const Tensor& t, const char* name) {
@@ -156,7 +154,7 @@ std::tuple<Tensor, Tensor> loss(Tensor logits, Tensor target, Doubles a, Doubles
   const ScalarType type = compute_type(logits), kept = saved_type(logits);
   Tensor saved = save && scalar ? empty({q.rows, q.classes}, kept) : empty({0}, kept);
   Doubles values;
-  cmim::cpu::forward(q, pool(), values, save && scalar ? saved.mutable_data_ptr() : nullptr,
+  cmim::cpu::forward(q, torch_pool(), values, save && scalar ? saved.mutable_data_ptr() : nullptr,
                      storage_of(saved, "saved"));
   Tensor value = scalar ? empty({}, type) : empty({int64_t(values.size())}, type);
   store(values, value);
@@ -185,9 +183,9 @@ Tensor loss_backward(Tensor grad, Tensor saved, Tensor logits, Tensor target, Do
         saved.numel() == out.numel() && saved.is_contiguous() && saved.scalar_type() == saved_type(logits),
         "saved: expected what the forward operator returned");
     cmim::cpu::scale(saved.const_data_ptr(), storage_of(saved, "saved"), upstream[0], out.mutable_data_ptr(),
-                     q.storage, out.numel(), pool());
+                     q.storage, out.numel(), torch_pool());
   } else {
-    cmim::cpu::backward(q, pool(), upstream, out.mutable_data_ptr(), q.storage);
+    cmim::cpu::backward(q, torch_pool(), upstream, out.mutable_data_ptr(), q.storage);
   }
   return out;
 }
@@ -198,12 +196,16 @@ std::tuple<Tensor, Tensor> class_centroids(Tensor logits, Tensor target, Doubles
   Tensor out = torch::stable::new_zeros(logits, std::vector<int64_t>{int64_t(a.size()), q.classes, q.classes},
                                         compute_type(logits));
   Tensor counts = torch::stable::new_zeros(logits, std::vector<int64_t>{q.classes}, ScalarType::Long);
-  cmim::cpu::class_centroids(q, pool(), out.mutable_data_ptr(),
+  cmim::cpu::class_centroids(q, torch_pool(), out.mutable_data_ptr(),
                              static_cast<int64_t*>(counts.mutable_data_ptr()));
   return {out, counts};
 }
 
 }  // namespace
+
+cmim::cpu::Pool cmim::torch_pool() {
+  return {int(torch::stable::get_num_threads()), run_on_pool};
+}
 
 STABLE_TORCH_LIBRARY(cmim_kernels, m) {
   m.def(

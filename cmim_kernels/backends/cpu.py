@@ -2,10 +2,15 @@
 
 With reduction mean and sum, `saved` is the gradient for an upstream gradient of one, (N, C): while the
 exponentials of a cluster are at hand, its gradient costs little more. Else it is empty.
+
+A training step calls the library past PyTorch's dispatcher, which takes its time for every argument, where
+nobody can tell: `loss` says when. Everything else are the operators.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..reference import MEAN, NONE, SPECTRUM, SUM
+from ..tensors import needs_no_dispatch
 
 
 def _load() -> str | None:
@@ -29,11 +35,28 @@ def _load() -> str | None:
     return None
 
 
+def _bind() -> Callable[..., bool] | None:
+    """`loss` of csrc/direct.cpp, if the library was built with it for this Python and knows this torch."""
+    if "t" in sys.abiflags:  # without a global lock, for which there is no limited API
+        return None
+    try:
+        direct: Any = import_module(f"{__package__.rpartition('.')[0]}._cpu")
+        direct.bind(Tensor.__dlpack_c_exchange_api__)
+    except (ImportError, AttributeError):
+        return None
+    function: Callable[..., bool] = direct.loss
+    return function
+
+
 _WHY_UNUSABLE = _load()
+_direct = None
+_SINGLE = torch.empty((), device="cpu", dtype=torch.float32)
+_DOUBLE = torch.empty((), device="cpu", dtype=torch.float64)
 
 if _WHY_UNUSABLE is None:
+    _direct = _bind()
     # Resolved once: looking an overload up takes as long as a call's checks.
-    loss = torch.ops.cmim_kernels.loss.default
+    _loss = torch.ops.cmim_kernels.loss.default
     loss_backward = torch.ops.cmim_kernels.loss_backward.default
     class_centroids = torch.ops.cmim_kernels.class_centroids.default
 
@@ -46,6 +69,39 @@ def unusable() -> str | None:
 def refuses(logits: Tensor, temperatures: int) -> str | None:
     """Refuses tensors of other devices."""
     return None if logits.is_cpu else f"it serves CPU tensors, logits is on {logits.device}"
+
+
+def loss(
+    logits: Tensor,
+    target: Tensor,
+    a: Sequence[float],
+    w: Sequence[float],
+    class_weight: Tensor | None,
+    centroids: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The operator `loss`; for the step of a training loop past the dispatcher, where that does nothing more.
+
+    `options`: ce_weight, cmi_weight, label_smoothing, ignore_index, reduction, save.
+    """
+    *others, reduction, save = options
+    if (
+        save
+        and reduction in (MEAN, SUM)
+        and class_weight is None
+        and centroids is None
+        and _direct is not None
+        and logits.dtype is not torch.float16  # whose gradient is kept in float32
+        and needs_no_dispatch(logits, target)
+        and logits.is_contiguous()
+    ):
+        # empty_like takes half the time of empty
+        value = torch.empty_like(_DOUBLE if logits.dtype is torch.float64 else _SINGLE)
+        saved = torch.empty_like(logits)
+        if _direct(logits, target, value, saved, a, w, *others, reduction):
+            return value, saved
+    result: tuple[Tensor, Tensor] = _loss(logits, target, a, w, class_weight, centroids, *options)
+    return result
 
 
 def keeps_gradient(logits: Tensor, reduction: int) -> bool:
