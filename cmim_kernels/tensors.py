@@ -22,16 +22,18 @@ def without_data(tensor: Tensor) -> bool:
     )
 
 
-def needs_no_dispatch(logits: Tensor, target: Tensor) -> bool:
+def needs_no_dispatch(*tensors: Tensor | None) -> bool:
     """Whether an operator on them may be called past PyTorch's dispatcher.
 
     It does nothing then but call the kernel, and nobody looks: no tracer, no mode, no profiler.
     """
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) is not Tensor or tensor.is_neg()):
+            return False
     return (
-        not torch.compiler.is_compiling()
-        and type(logits) is type(target) is Tensor
-        and not (logits.is_neg() or target.is_neg())
-        and torch._C._len_torch_dispatch_stack() == 0
+        torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and not torch._C._autograd._profiler_enabled()
     )

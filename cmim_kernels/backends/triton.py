@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..reference import MEAN, NONE, SPECTRUM
+from ..tensors import needs_no_dispatch, without_data
 from . import ARGUMENTS
 from ._triton import calls
 from ._triton.launch import Schedule
@@ -218,6 +219,42 @@ for _name, _function, _fake in (
     _LIBRARY.impl(_name, _function, "CPU")  # the interpreter
     torch.library.register_fake(f"cmim_kernels::{_name}", _fake, lib=_LIBRARY)
 
-loss = torch.ops.cmim_kernels.triton_loss.default
-loss_backward = torch.ops.cmim_kernels.triton_loss_backward.default
+_loss_operator = torch.ops.cmim_kernels.triton_loss.default
+_loss_backward_operator = torch.ops.cmim_kernels.triton_loss_backward.default
 class_centroids = torch.ops.cmim_kernels.triton_class_centroids.default
+
+
+def loss(
+    logits: Tensor,
+    target: Tensor,
+    a: Sequence[float],
+    w: Sequence[float],
+    class_weight: Tensor | None,
+    centroids: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The operator `triton_loss`, past the dispatcher where that does nothing more."""
+    plain = needs_no_dispatch(logits, target, class_weight, centroids)
+    function = _loss if plain else _loss_operator
+    result: tuple[Tensor, Tensor] = function(logits, target, a, w, class_weight, centroids, *options)
+    return result
+
+
+def loss_backward(
+    grad: Tensor,
+    saved: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    a: Sequence[float],
+    w: Sequence[float],
+    class_weight: Tensor | None,
+    centroids: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    """The operator `triton_loss_backward`, in the same way."""
+    plain = needs_no_dispatch(grad, logits, class_weight, centroids)
+    # many gradients in one, or zeros without memory, which autograd may hand over
+    plain = plain and not (without_data(grad) or grad._is_zerotensor())
+    function = _loss_backward if plain else _loss_backward_operator
+    result: Tensor = function(grad, saved, logits, target, a, w, class_weight, centroids, *options)
+    return result
