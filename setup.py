@@ -281,9 +281,8 @@ class BuildLibraries(build_ext):
         super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
-        return (
-            fullname.replace(".", os.sep) + ".so"
-        )  # no Python version in the name: the library does not use Python
+        # no Python version in the name: of Python, a library uses the limited API at most
+        return fullname.replace(".", os.sep) + ".so"
 
     def build_extensions(self) -> None:
         ninja = NinjaFile(Path(self.build_temp).resolve())

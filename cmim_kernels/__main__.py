@@ -21,6 +21,7 @@ from importlib import import_module
 import torch
 
 from . import __version__, available_backends
+from .backends import cpu
 from .dispatch import REFERENCE
 from .selfcheck import mismatch
 
@@ -41,6 +42,8 @@ def report() -> str:
     lines.append("backends:")
     for name, reason in available_backends().items():
         lines.append(f"  {name:<10} {'usable' if reason is None else 'not usable: ' + reason}")
+        if name == "cpu" and reason is None and cpu.why_dispatched is not None:
+            lines[-1] += f", each call some 20 microseconds later than need be: {cpu.why_dispatched}"
     lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     return "\n".join(lines)
 

@@ -25,7 +25,7 @@ def without_data(tensor: Tensor) -> bool:
 def needs_no_dispatch(*tensors: Tensor | None) -> bool:
     """Whether an operator on them may be called past PyTorch's dispatcher.
 
-    It does nothing then but call the kernel, and nobody looks: no tracer, no mode, no profiler.
+    It does nothing then but call the kernel, and nobody looks: no compiler, no mode, no profiler.
     """
     if torch.compiler.is_compiling():
         return False

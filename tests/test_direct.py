@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +20,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmim_kernels as ck
+import setup
+from cmim_kernels import __main__ as command
 from cmim_kernels.backends import cpu
 from cmim_kernels.reference import MEAN, SUM
 
 A, W = (0.25, 0.5, 1.0), (0.5, 0.25, 0.25)
 OPTIONS = (1.0, 1.0, 0.1, 2)  # ce_weight, cmi_weight, label_smoothing, ignore_index
+
+
+pytestmark = pytest.mark.skipif(
+    not (Path(sysconfig.get_path("include")) / "Python.h").is_file(), reason="needs Python's headers"
+)
 
 
 @pytest.fixture
@@ -39,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return answers[-1]
 
     direct = cpu._direct
-    assert direct is not None, "the library was built without Python's headers"
+    assert direct is not None, cpu.why_dispatched
     monkeypatch.setattr(cpu, "_direct", recording)
     return answers
 
@@ -145,6 +155,31 @@ def test_a_label_out_of_range_is_told(batch: tuple[Tensor, Tensor]) -> None:
     target[3] = 10**6
     with pytest.raises(ValueError, match=r"^target: expected labels in .* got 1000000 at row 3$"):
         ck.fused_cmi_loss(batch[0].clone().requires_grad_(), target)
+
+
+def test_why_it_is_not_there(batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report says so, and the operator answers."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "abiflags", "t")
+        assert cpu._bind() == (None, "a Python without a global lock has no limited API")
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "__dlpack_c_exchange_api__", object())
+        function, reason = cpu._bind()
+        assert function is None
+        assert "PyCapsule" in str(reason)
+    assert cpu._bind()[1] is None
+    assert "microseconds" not in command.report()
+    monkeypatch.setattr(cpu, "_direct", None)
+    monkeypatch.setattr(cpu, "why_dispatched", "no reason")
+    assert re.search(r"cpu +usable, .* microseconds .*: no reason\n", command.report())
+    assert ck.fused_cmi_loss(batch[0].clone().requires_grad_(), batch[1]).isfinite()
+
+
+def test_without_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The library is built without it."""
+    assert setup.python_includes() == ["-isystem", sysconfig.get_path("include")]
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert setup.python_includes() == []
 
 
 class TestTheFunctionItself:

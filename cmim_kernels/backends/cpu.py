@@ -35,26 +35,24 @@ def _load() -> str | None:
     return None
 
 
-def _bind() -> Callable[..., bool] | None:
-    """`loss` of csrc/direct.cpp, if the library was built with it for this Python and knows this torch."""
-    if "t" in sys.abiflags:  # without a global lock, for which there is no limited API
-        return None
+def _bind() -> tuple[Callable[..., bool] | None, str | None]:
+    """`loss` of csrc/direct.cpp, or why the library has none that serves this Python and this torch."""
+    if "t" in sys.abiflags:
+        return None, "a Python without a global lock has no limited API"
     try:
         direct: Any = import_module(f"{__package__.rpartition('.')[0]}._cpu")
         direct.bind(Tensor.__dlpack_c_exchange_api__)
-    except (ImportError, AttributeError):
-        return None
-    function: Callable[..., bool] = direct.loss
-    return function
+    except (ImportError, AttributeError, ValueError) as error:
+        return None, str(error)
+    return direct.loss, None
 
 
 _WHY_UNUSABLE = _load()
-_direct = None
 _SINGLE = torch.empty((), device="cpu", dtype=torch.float32)
 _DOUBLE = torch.empty((), device="cpu", dtype=torch.float64)
 
 if _WHY_UNUSABLE is None:
-    _direct = _bind()
+    _direct, why_dispatched = _bind()
     # Resolved once: looking an overload up takes as long as a call's checks.
     _loss = torch.ops.cmim_kernels.loss.default
     loss_backward = torch.ops.cmim_kernels.loss_backward.default
