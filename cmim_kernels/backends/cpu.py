@@ -85,7 +85,7 @@ def loss(
     *others, reduction, save = options
     if (
         save
-        and reduction in (MEAN, SUM)
+        and keeps_gradient(logits, reduction)
         and class_weight is None
         and centroids is None
         and _direct is not None
