@@ -240,7 +240,7 @@ class TestTheFunctionItself:
 
     def test_other_threads_go_on(self) -> None:
         """The global lock is not held while it computes."""
-        logits, target = torch.randn(2048, 1000), torch.randint(0, 64, (2048,))
+        logits, target = torch.randn(8192, 1000), torch.randint(0, 64, (8192,))
         steps: list[float] = []
         done = threading.Event()
 
@@ -256,5 +256,5 @@ class TestTheFunctionItself:
         end = time.perf_counter()
         done.set()
         other.join()
-        inside = [t for t in steps if start + 0.25 * (end - start) < t < start + 0.75 * (end - start)]
+        inside = [t for t in steps if 0.1 < (t - start) / (end - start) < 0.9]
         assert inside, f"the call took {end - start:.4f} s"
