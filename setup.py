@@ -233,9 +233,10 @@ def add_cpu_library(ninja: NinjaFile, target: Path, torch: Torch) -> None:
     for stem, (name, flags) in product(PER_VARIANT, VARIANTS.items()):
         command = [*base, f"-DCMIM_VARIANT={name}", *flags, *extra_flags("CXXFLAGS")]
         objects.append(ninja.compile(CSRC / "cpu" / f"{stem}.cpp", f"{stem}_{name}", command))
-    sources = {CSRC / "ops.cpp": torch.definitions(), CSRC / "cpu" / "loss.cpp": []}
-    if python_includes():
-        sources[CSRC / "direct.cpp"] = python_includes()
+    once = [source for source in sorted((CSRC / "cpu").glob("*.cpp")) if source.stem not in PER_VARIANT]
+    sources = {CSRC / "ops.cpp": torch.definitions()} | {source: [] for source in once}
+    if includes := python_includes():
+        sources[CSRC / "direct.cpp"] = includes
     for source, flags in sources.items():
         command = [*base, *flags, *torch.includes(), *extra_flags("CXXFLAGS")]
         objects.append(ninja.compile(source, f"cpu_{source.stem}", command))

@@ -22,15 +22,20 @@ def without_data(tensor: Tensor) -> bool:
     )
 
 
-def needs_no_dispatch(*tensors: Tensor | None) -> bool:
-    """Whether an operator on them may be called past PyTorch's dispatcher.
+def needs_no_dispatch(*arguments: object) -> bool:
+    """Whether an operator with these arguments may be called past PyTorch's dispatcher.
 
     It does nothing then but call the kernel, and nobody looks: no compiler, no mode, no profiler.
     """
     if torch.compiler.is_compiling():
         return False
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) is not Tensor or tensor.is_neg()):
+    for argument in arguments:
+        if isinstance(argument, Tensor) and (
+            type(argument) is not Tensor
+            or argument.is_neg()
+            or argument._is_zerotensor()
+            or torch._C._functorch.is_legacy_batchedtensor(argument)
+        ):
             return False
     return (
         torch._C._len_torch_dispatch_stack() == 0

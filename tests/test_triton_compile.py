@@ -6,12 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from operations import Operations
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton_offline import CASES, MI300, SHARED_LIMIT, Case, Launch, compiled, cuda, used
 
 import cmim_kernels as ck
@@ -62,18 +61,6 @@ def test_launches(case: Case, forward: list[str], backward: list[str]) -> None:
     """Rows grouped by label, one launch forward, one backward, for up to some thousand rows."""
     assert names(case.forward()) == forward
     assert names(case.backward()) == backward
-
-
-class Operations(TorchDispatchMode):
-    """The names of torch's own operations in its scope."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("reduction", [NONE, SPECTRUM, MEAN])

@@ -4,7 +4,7 @@ With reduction mean and sum, `saved` is the gradient for an upstream gradient of
 exponentials of a cluster are at hand, its gradient costs little more. Else it is empty.
 
 A training step calls the library past PyTorch's dispatcher, which takes its time for every argument, where
-nobody can tell: `loss` says when. Everything else are the operators.
+nobody can tell: `loss` says when. Everything else goes through the operators.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ the loss NaN, and the gradient of that row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..reference import MEAN, NONE, SPECTRUM
-from ..tensors import needs_no_dispatch, without_data
+from ..tensors import needs_no_dispatch
 from . import ARGUMENTS
 from ._triton import calls
 from ._triton.launch import Schedule
@@ -219,42 +219,16 @@ for _name, _function, _fake in (
     _LIBRARY.impl(_name, _function, "CPU")  # the interpreter
     torch.library.register_fake(f"cmim_kernels::{_name}", _fake, lib=_LIBRARY)
 
-_loss_operator = torch.ops.cmim_kernels.triton_loss.default
-_loss_backward_operator = torch.ops.cmim_kernels.triton_loss_backward.default
+
+def _past_dispatcher(function: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, or the function that implements it, where dispatching does nothing more."""
+
+    def call(*arguments: Any) -> Any:
+        return (function if needs_no_dispatch(*arguments) else operator)(*arguments)
+
+    return call
+
+
+loss = _past_dispatcher(_loss, torch.ops.cmim_kernels.triton_loss.default)
+loss_backward = _past_dispatcher(_loss_backward, torch.ops.cmim_kernels.triton_loss_backward.default)
 class_centroids = torch.ops.cmim_kernels.triton_class_centroids.default
-
-
-def loss(
-    logits: Tensor,
-    target: Tensor,
-    a: Sequence[float],
-    w: Sequence[float],
-    class_weight: Tensor | None,
-    centroids: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    """The operator `triton_loss`, past the dispatcher where that does nothing more."""
-    plain = needs_no_dispatch(logits, target, class_weight, centroids)
-    function = _loss if plain else _loss_operator
-    result: tuple[Tensor, Tensor] = function(logits, target, a, w, class_weight, centroids, *options)
-    return result
-
-
-def loss_backward(
-    grad: Tensor,
-    saved: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    a: Sequence[float],
-    w: Sequence[float],
-    class_weight: Tensor | None,
-    centroids: Tensor | None,
-    *options: Any,
-) -> Tensor:
-    """The operator `triton_loss_backward`, in the same way."""
-    plain = needs_no_dispatch(grad, logits, class_weight, centroids)
-    # many gradients in one, or zeros without memory, which autograd may hand over
-    plain = plain and not (without_data(grad) or grad._is_zerotensor())
-    function = _loss_backward if plain else _loss_backward_operator
-    result: Tensor = function(grad, saved, logits, target, a, w, class_weight, centroids, *options)
-    return result
