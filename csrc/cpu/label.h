@@ -5,7 +5,7 @@
 //   exponentials(rows)  exp(a_k x)
 //   normalise(i, k)     p_k = exp(a_k x) / S_k                                     once S of the row is known
 //   finish()            t_k = a_k x - log S_k - log q_k, q_k the centroid's entry  once Q is
-//   entry(i)            sum_k coeff_k p_k (t_k - sum_j P_j t_j)  and the cross entropy's part
+//   entries(rows)       sum_k coeff_k p_k (t_k - sum_j P_j t_j)  and the cross entropy's part
 #pragma once
 
 #include "rows.h"
@@ -22,14 +22,16 @@ struct LabelColumn {
   const Job& job;
   const Cluster& cluster;
   int64_t n;
-  int Kp;                       // temperatures in whole vectors, with coefficients of 0 at the end
-  double *a, *coeff;            // (Kp) w_k a_k cmi_weight / normaliser
-  double *p, *t, *mean;         // (n, Kp) see above; sum_j P_j t_j, which the caller writes
-  double* rest;                 // (n, Kp) kApart: 1 - p, without the cancellation
-  double *log_q, *rho;          // (Kp) of the centroid; R/Q
-  double *x, *p_ce, *upstream;  // (n) logit less the row's largest; its softmax at temperature 1
-  double* lead;                 // (n) the row's largest less what the caller's exponentials are relative to
-  double* others;               // (n, Kp) kApart: exp(-a_k lead)
+  int Kp;                // temperatures in whole vectors, with coefficients of 0 at the end
+  double *a, *coeff;     // (Kp) w_k a_k cmi_weight / normaliser
+  double *p, *t, *mean;  // (n, Kp) see above; sum_j P_j t_j, which the caller writes
+  double* rest;          // (n, Kp) kApart: 1 - p, without the cancellation
+  double *log_q, *rho;   // (Kp) of the centroid; R/Q
+  double *x, *p_ce,
+      *upstream;      // (n) below_top, no less than where all vanishes; its softmax at temperature 1
+  double* below_top;  // (n) logit less the row's largest
+  double* lead;       // (n) the row's largest less what the caller's exponentials are relative to
+  double* others;     // (n, Kp) kApart: exp(-a_k lead)
 
   LabelColumn(const Job& j, const Cluster& cl)
       : job(j), cluster(cl), n(cl.count), Kp(int(round_up(j.temperatures, D))) {}
@@ -42,7 +44,7 @@ struct LabelColumn {
     layout.take(rest, kApart ? n * Kp : 0);
     for (double** of_all : {&a, &coeff, &log_q, &rho}) layout.take(*of_all, Kp);
     layout.take(others, kApart ? n * Kp : 0);
-    for (double** one : {&x, &p_ce, &upstream, &lead}) layout.take(*one, n);
+    for (double** one : {&x, &below_top, &p_ce, &upstream, &lead}) layout.take(*one, n);
   }
   template <class F>
   void fill(F&& inverse_temperature) {
@@ -61,13 +63,17 @@ struct LabelColumn {
   template <class T>
   void exponentials(Span rows, const T* tops) {
     const double floor = floor_of<double>(job);
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const int64_t row = cluster.rows[i], at = row * job.row_stride + cluster.label * job.col_stride;
-      const double ahead = element(job.logits, job.storage, at) - double(tops[i]);
-      x[i] = ahead < floor ? floor : ahead > 0 ? 0 : ahead;
-      lead[i] = ahead > 0 ? ahead : 0;
-      upstream[i] = job.upstream ? job.upstream[row] : 1.0;
-    }
+    with_storage(job.storage, [&](auto tag) CMIM_INLINE_LAMBDA {
+      const auto* const z = static_cast<const decltype(tag)*>(job.logits) + cluster.label * job.col_stride;
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const double ahead = number(z[cluster.rows[i] * job.row_stride]) - double(tops[i]);
+        below_top[i] = ahead > 0 ? 0 : ahead;
+        x[i] = ahead < floor ? floor : below_top[i];
+        lead[i] = ahead > 0 ? ahead : 0;
+      }
+    });
+    for (int64_t i = rows.begin; i < rows.end; ++i)
+      upstream[i] = job.upstream ? job.upstream[cluster.rows[i]] : 1.0;
     if constexpr (kApart)
       if (job.power0 > 0) return powers(rows);
     for (int k0 = 0; k0 < Kp; k0 += D) {
@@ -176,19 +182,21 @@ struct LabelColumn {
     }
   }
 
-  // e: of the row's cross entropy
-  CMIM_INLINE double entry(int64_t i, const RowEntropy& e) const {
-    V sum{};
-    for (int k0 = 0; k0 < Kp; k0 += D) {
-      const int64_t at = i * Kp + k0;
-      const V pi = load<V>(p + at);
-      const V part = load<V>(coeff + k0) * pi * (load<V>(t + at) - load<V>(mean + at));
-      sum += pi == 0.0 ? V{} : part;
+  // to (n): e of the cluster's cross entropy for upstream gradients of 1
+  void entries(Span rows, const RowEntropy& e, double* to) const {
+    const double taken = e.one_hot + e.smooth * class_weight(job, cluster.label);
+    const bool per_row = this->per_row();
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      V sum{};
+      for (int k0 = 0; k0 < Kp; k0 += D) {
+        const int64_t at = i * Kp + k0;
+        const V pi = load<V>(p + at);
+        const V part = load<V>(coeff + k0) * pi * (load<V>(t + at) - load<V>(mean + at));
+        sum += pi == 0.0 ? V{} : part;
+      }
+      const double value = sum_lanes<double>(sum), ce = (e.probability * p_ce[i] - taken) * upstream[i];
+      to[i] = (per_row ? value : value * upstream[i]) + ce;
     }
-    double value = sum_lanes<double>(sum);
-    if (!per_row()) value *= upstream[i];
-    if (!job.has_ce) return value;
-    return value + (e.probability * p_ce[i] - e.one_hot - e.smooth * class_weight(job, cluster.label));
   }
 };
 

@@ -31,17 +31,18 @@ CMIM_INLINE auto with_storage(Storage s, F&& f) {
 template <class T>
 constexpr Storage kStorageOf = sizeof(T) == 4 ? Storage::f32 : Storage::f64;
 
+CMIM_INLINE double number(double x) {
+  return x;
+}
+CMIM_INLINE double number(Bf16 x) {
+  return bits<float>(uint32_t(x.bits) << 16);
+}
+CMIM_INLINE double number(F16 x) {
+  return half_to_float(x.bits);
+}
 inline double element(const void* p, Storage s, int64_t i) {
-  switch (s) {
-    case Storage::f64:
-      return static_cast<const double*>(p)[i];
-    case Storage::bf16:
-      return bits<float>(uint32_t(static_cast<const Bf16*>(p)[i].bits) << 16);
-    case Storage::f16:
-      return half_to_float(static_cast<const F16*>(p)[i].bits);
-    default:
-      return static_cast<const float*>(p)[i];
-  }
+  return with_storage(
+      s, [=](auto tag) CMIM_INLINE_LAMBDA { return number(static_cast<const decltype(tag)*>(p)[i]); });
 }
 
 // Entry j of an optional vector or table of the compute type, which is double exactly for double logits.
@@ -106,12 +107,15 @@ inline const T* row_values(const Job& job, int64_t row, T* x) {
 struct RowEntropy {
   double probability, one_hot, smooth;
 };
-inline RowEntropy row_entropy(const Job& job, int64_t row, int64_t label) {
+inline RowEntropy entropy_of(const Job& job, int64_t label, double upstream) {
   if (!job.has_ce) return {0, 0, 0};
-  const double scale = job.upstream ? job.ce_scale * job.upstream[row] : job.ce_scale;
+  const double scale = job.ce_scale * upstream;
   const double one_hot = (1 - job.smoothing) * class_weight(job, label);
   const double smooth = job.smooth_each;
   return {scale * (one_hot + smooth * job.weight_sum), scale * one_hot, scale * smooth};
+}
+inline RowEntropy row_entropy(const Job& job, int64_t row, int64_t label) {
+  return entropy_of(job, label, job.upstream ? job.upstream[row] : 1.0);
 }
 // The row's cross entropy in nats; log_sum = log sum_j exp(z_j - top). Reads the logits themselves: a masked
 // label is infinitely wrong.
@@ -128,32 +132,54 @@ inline double row_entropy_value(const Job& job, int64_t row, int64_t label, doub
   return value;
 }
 
-// Writes value(j), a vector of the gradient at columns j .., rounded once to the gradient's storage.
-template <class T, class F>
-inline void write_row(const Job& job, int64_t row, F&& value) {
-  constexpr int W = Simd<T>::width;
-  with_storage(job.grad_storage, [&](auto tag) {
-    using S = decltype(tag);
-    if constexpr (sizeof(S) <= sizeof(T)) {
-      S* out = static_cast<S*>(job.grad) + row * job.classes;
-      int64_t j = 0;
-      for (; j + W <= job.classes; j += W) Convert<T, S>::to(out + j, value(j));
-      if (j < job.classes) store_tail<T, S>(out + j, value(j), job.classes - j);
-    }
-  });
-}
-
 // The entry of the label in a gradient row: the difference of two numbers near each other where the row is
 // confident, so it is had apart, in double, and rounded once.
+template <class T, class S>
+CMIM_INLINE void store_entry(S* to, double value) {
+  if constexpr (sizeof(S) == sizeof(T))
+    *to = T(value);
+  else
+    store_tail<T, S>(to, splat(T(value)), 1);
+}
 template <class T>
 CMIM_INLINE void write_entry(const Job& job, int64_t row, int64_t j, double value) {
   with_storage(job.grad_storage, [&](auto tag) {
     using S = decltype(tag);
-    S* const to = static_cast<S*>(job.grad) + row * job.classes + j;
-    if constexpr (sizeof(S) == sizeof(T))
-      *to = T(value);
-    else if constexpr (sizeof(S) < sizeof(T))
-      store_tail<T, S>(to, splat(T(value)), 1);
+    if constexpr (sizeof(S) <= sizeof(T))
+      store_entry<T>(static_cast<S*>(job.grad) + row * job.classes + j, value);
+  });
+}
+
+// Writes value(j), a vector of a gradient row at columns j .., rounded once to the gradient's storage.
+template <class T, class S, class F>
+CMIM_INLINE void write_vectors(S* out, int64_t C, F&& value) {
+  constexpr int W = Simd<T>::width;
+  int64_t j = 0;
+  for (; j + W <= C; j += W) Convert<T, S>::to(out + j, value(j));
+  if (j < C) store_tail<T, S>(out + j, value(j), C - j);
+}
+template <class T, class F>
+inline void write_row(const Job& job, int64_t row, F&& value) {
+  with_storage(job.grad_storage, [&](auto tag) {
+    using S = decltype(tag);
+    if constexpr (sizeof(S) <= sizeof(T))
+      write_vectors<T>(static_cast<S*>(job.grad) + row * job.classes, job.classes, value);
+  });
+}
+// The same for rows [begin, end) of a cluster, value_of(i)(j), and values[i] at the label: see write_entry
+template <class T, class F>
+CMIM_INLINE void write_rows(const Job& job, const Cluster& cluster, int64_t begin, int64_t end, F&& value_of,
+                            const double* values) {
+  with_storage(job.grad_storage, [&](auto tag) CMIM_INLINE_LAMBDA {
+    using S = decltype(tag);
+    if constexpr (sizeof(S) <= sizeof(T)) {
+      const int64_t C = job.classes;
+      for (int64_t i = begin; i < end; ++i) {
+        S* const out = static_cast<S*>(job.grad) + cluster.rows[i] * C;
+        write_vectors<T>(out, C, value_of(i));
+        store_entry<T>(out + cluster.label, values[i]);
+      }
+    }
   });
 }
 

@@ -334,17 +334,17 @@ struct Rows {
 
   // divergences (n, K)
   void report(Span rows, const double* divergences) const {
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const double* const kl = divergences + i * K;
-      const int64_t at = cluster.position + i;
-      if (job.row_cmi) {
-        const double total = dot(job.w, kl, K);
-        job.row_cmi[at] = job.carried ? job.row_cmi[at] + total : total;
+    if (job.row_cmi) {
+      double* const to = job.row_cmi + cluster.position;
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const double total = dot(job.w, divergences + i * K, K);
+        to[i] = job.carried ? to[i] + total : total;
       }
-      if (job.kl)
-        for (int k = 0; k < K; ++k)
-          if (job.order[k] >= 0) job.kl[at * job.kl_stride + job.order[k]] = kl[k];
     }
+    for (int64_t i = rows.begin; job.kl && i < rows.end; ++i)
+      for (int k = 0; k < K; ++k)
+        if (job.order[k] >= 0)
+          job.kl[(cluster.position + i) * job.kl_stride + job.order[k]] = divergences[i * K + k];
   }
 };
 

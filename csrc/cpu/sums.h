@@ -139,36 +139,39 @@ struct RowSums : Rows<T> {
   void exponentials(Span rows) {
     const T base = T(job.base * kUnit<T, kSource>), floor = this->floor;
     const int64_t C = this->C, Cp = this->Cp, label = cluster.label;
+    const int64_t begin = rows.begin * Cp, count = rows.end * Cp - begin;
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      T *const x = X + i * Cp, *const e = E + i * Cp, *const at_one = one + i * Cp;
+      T* const x = X + i * Cp;
       const T top = tops[i];
-      RowSum<T> sum;
       each_several(row_place(job, cluster.rows[i], x), C, [&](int64_t j, auto v) CMIM_INLINE_LAMBDA {
-        v = at_least(v - top, floor);
-        store_several(x + j, v);
-        if constexpr (kSource == Source::chain) store_several(e + j, exp_nonpositive(v * base));
-        if constexpr (kOwn) {
-          if constexpr (!kCareful) v = with_entry(v, label - j, floor);
-          const auto of_one = exp_nonpositive(v);
-          store_several(at_one + j, of_one);
-          sum.add(j, of_one);
-        }
+        store_several(x + j, at_least(v - top, floor));
       });
-      if constexpr (kOwn) sums_one[i] = sum.value();
-      if constexpr (!kCareful) {
-        set_entry(x, label, floor);
-        if constexpr (kSource == Source::chain) set_entry(e, label, T(0));
-      }
+      if constexpr (!kCareful) set_entry(x, label, floor);
     }
-    if constexpr (kSource == Source::chain)
+    // of all columns of a block, whatever row they are of
+    const auto exponentials_to = [&](T* to, T scale) CMIM_INLINE_LAMBDA {
+      by_several<T>(count, [&](auto several, int64_t at) CMIM_INLINE_LAMBDA {
+        constexpr int U = decltype(several)::value;
+        store_several(to + begin + at, exp_nonpositive(load_several<U>(X + begin + at) * scale));
+      });
+    };
+    if constexpr (kSource == Source::chain) {
+      exponentials_to(E, base);
+      if constexpr (!kCareful)
+        for (int64_t i = rows.begin; i < rows.end; ++i) set_entry(E + i * Cp, label, T(0));
       by_chunk(K, [&](auto, int k0) CMIM_INLINE_LAMBDA {
         T* const first = first_of<kSource>(k0);
-        if (first == E) return;
-        const int64_t begin = rows.begin * Cp;
-        each_several(X + begin, rows.end * Cp - begin, [&](int64_t j, auto v) CMIM_INLINE_LAMBDA {
-          store_several(first + begin + j, exp_nonpositive(v * a[k0]));
-        });
+        if (first != E) exponentials_to(first, a[k0]);
       });
+    }
+    if constexpr (kOwn) {
+      exponentials_to(one, T(1));
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        RowSum<T> sum;
+        for (int64_t j = 0; j < Cp; j += W) sum.add(j, load<V>(one + i * Cp + j));
+        sums_one[i] = sum.value();
+      }
+    }
   }
 
   // off: S, of a row's exponentials
@@ -247,18 +250,20 @@ struct RowSums : Rows<T> {
         if (per_row()) store_doubles<N>(mix_up + i * K + k0, mean * upstream);
       }
     });
-    const bool own_ce = this->own_ce();
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      if (own_ce) {
+    for (int64_t i = rows.begin; i < rows.end; ++i) up[i] = T(label.upstream[i]);
+    if (this->own_ce()) {
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
         r_ce[i] = T(label.normalise_one(i, sums_one[i]));
-        set_entropy(i, __builtin_log(sums_one[i]));
-      } else if (job.has_ce) {
-        r_ce[i] = r[i * K + job.ce_index], label.p_ce[i] = label.p[i * label.Kp + job.ce_index];
-      } else {
-        r_ce[i] = 0;
-        set_entropy(i, 0);
+        sums_one[i] = __builtin_log(sums_one[i]);
       }
-      up[i] = T(label.upstream[i]);
+      set_entropies(rows, sums_one, 1);
+    } else if (job.has_ce) {
+      const int64_t at = job.ce_index;
+      for (int64_t i = rows.begin; i < rows.end; ++i)
+        r_ce[i] = r[i * K + at], label.p_ce[i] = label.p[i * label.Kp + at];
+    } else {
+      for (int64_t i = rows.begin; i < rows.end; ++i) r_ce[i] = 0, label.p_ce[i] = 0;
+      set_entropies(rows, nullptr, 0);
     }
   }
 
@@ -270,8 +275,20 @@ struct RowSums : Rows<T> {
     return (shift + kRounds) - kRounds;
   }
 
-  void set_entropy(int64_t i, double log_sum) {
-    Base::set_entropy(i, log_sum, double(tops[i]) + label.lead[i]);
+  // log_sums: log sum_j exp(z_j - max z) of every row, a stride apart
+  void set_entropies(Span rows, const double* log_sums, int64_t stride) {
+    if (!job.row_ce) return;
+    double* const to = job.row_ce + cluster.position;
+    if (!job.has_ce) {
+      for (int64_t i = rows.begin; i < rows.end; ++i) to[i] = 0;
+    } else if (job.smoothing > 0) {
+      for (int64_t i = rows.begin; i < rows.end; ++i)
+        this->set_entropy(i, log_sums[i * stride], double(tops[i]) + label.lead[i]);
+    } else {
+      const double weight = class_weight(job, cluster.label);
+      for (int64_t i = rows.begin; i < rows.end; ++i)
+        to[i] = weight * (log_sums[i * stride] - label.below_top[i]);
+    }
   }
 
   // off holds S and becomes log S, in double less the shift
@@ -281,8 +298,7 @@ struct RowSums : Rows<T> {
       const auto sums = load_several<decltype(several)::value>(off + at);
       store_several(off + at, log_positive<false, decltype(label)::kLogTerms>(sums));
     });
-    if (job.has_ce && job.ce_index >= 0)
-      for (int64_t i = 0; i < n; ++i) set_entropy(i, off[i * K + job.ce_index]);
+    if (job.has_ce && job.ce_index >= 0) set_entropies({0, n}, off + job.ce_index, K);
     by_doubles(K, [&](auto width, int k0) CMIM_INLINE_LAMBDA {
       constexpr int N = decltype(width)::value;
       constexpr double unit = kUnit<T, kSource>;

@@ -173,9 +173,10 @@ struct Wide : UncentredGradient<T> {
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const int64_t at = i * K + k0;
         V h[N] = {}, kl[N] = {};  // sums of this tile, apart: fewer additions to a large sum
-        T scale[N], constant[N], probability[N];
+        V scale[N];
+        T constant[N], probability[N];
         for (int k = 0; k < N; ++k) {
-          scale[k] = c[at + k];
+          scale[k] = splat<T>(c[at + k]);
           if constexpr (kCareful) constant[k] = T(off[at + k]), probability[k] = r[at + k];
         }
         const T* const x = X + i * Cp;
