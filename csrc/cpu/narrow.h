@@ -282,7 +282,8 @@ struct Narrow : Centre<kSource> {
       const bool add_ce = job.has_ce && k0 + N == K;
       for (int64_t j = 0; j < Cp; j += W) {
         const V e1 = load<V>(from + j);
-        V v = load<V>(g + j) - polynomial<float, N>(e1, qi) * power<float>(e1, p);
+        const auto factor = [&](int k) CMIM_INLINE_LAMBDA { return qi[k]; };
+        V v = load<V>(g + j) - polynomial<float, N>(e1, e1 * e1, factor) * power<float>(e1, p);
         if (add_ce) v += soft * unscaled_softmax(i, j);
         store(g + j, v);
       }

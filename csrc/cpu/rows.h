@@ -37,6 +37,16 @@ CMIM_INLINE void by_chunk(int K, F&& f) {
   if (K & 1) f(Constant<1>{}, k);
 }
 
+// f(the smallest power of two up to 16 that is as many as the first temperatures, or all 16, as a constant)
+template <class F>
+CMIM_INLINE void in_one_chunk(int K, F&& f) {
+  if (K > 8) return f(Constant<16>{});
+  if (K > 4) return f(Constant<8>{});
+  if (K > 2) return f(Constant<4>{});
+  if (K > 1) return f(Constant<2>{});
+  f(Constant<1>{});
+}
+
 // How many chunks there are before the one that begins with temperature k0; of all, with k0 = K
 inline int chunks_before(int k0, int K) {
   const int whole = K / 8 * 8;
@@ -78,15 +88,15 @@ struct SumOfProducts {
   }
   CMIM_INLINE Vec<T> total() const { return sum_pairs<T, (N + 1) / 2>(part); }
 };
-// sum_k q_k x^k, by pairs too
-template <class T, int N>
-CMIM_INLINE Vec<T> polynomial(Vec<T> x, const Vec<T> (&q)[N]) {
+// sum_k q(k) x^k for N of them, in two chains: x2 = x x
+template <class T, int N, class F>
+CMIM_INLINE Vec<T> polynomial(Vec<T> x, Vec<T> x2, F&& q) {
   if constexpr (N == 1) {
-    return q[0];
+    return q(0);
   } else {
-    Vec<T> half[N / 2];
-    for (int n = 0; n < N / 2; ++n) half[n] = q[2 * n + 1] * x + q[2 * n];
-    return polynomial<T, N / 2>(x * x, half);
+    Vec<T> even = q(N - 2), odd = q(N - 1);
+    for (int k = N - 4; k >= 0; k -= 2) even = even * x2 + q(k), odd = odd * x2 + q(k + 1);
+    return odd * x + even;
   }
 }
 

@@ -169,7 +169,7 @@ struct Wide : UncentredGradient<T> {
       const T* const rho_of = table(rho, k0, tile);
       const T* const firsts = this->template first_of<kSource>(k0);
       T* const parts = this->part_of(0, k0);
-      const bool wanted = job.grad;
+      const bool wanted = job.grad, adds = N < 8 && k0 % 8 != 0;
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const int64_t at = i * K + k0;
         V h[N] = {}, kl[N] = {};  // sums of this tile, apart: fewer additions to a large sum
@@ -207,7 +207,7 @@ struct Wide : UncentredGradient<T> {
             h[k] += pt;
             g.add(k, scale[k], pt);
           }
-          if (wanted) store(g_to + j, g.total());
+          if (wanted) store(g_to + j, adds ? g.total() + load<V>(g_to + j) : g.total());
         }
         this->add_tile(tile, h, acc + at, h_sum + at);
         if constexpr (kCareful) this->add_tile(tile, kl, kl_acc + at, kl_sum + at);
