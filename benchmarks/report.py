@@ -89,8 +89,10 @@ def megabytes(value: float) -> str:
     return f"{value / 2**20:.1f}"
 
 
-def ratio(result: Result) -> str:
-    p = result["paired"]
+def ratio(result: Result, key: str = "paired") -> str:
+    p = result.get(key)
+    if p is None:
+        return ""
     digits = 2 if p["ratio_p50"] < 10 else 0
     low, middle, high = (f"{p[f'ratio_{q}']:.{digits}f}" for q in ("p20", "p50", "p80"))
     return f"{middle} ({low} to {high})"
@@ -151,10 +153,10 @@ def contender_table(results: list[Result]) -> str:
 
 def temperatures_table(results: list[Result]) -> str:
     rows = [
-        [f"{r['k']}, {r['grid']} grid", seconds(r["paired"]["seconds_p50"]), ratio(r)]
+        [f"{r['k']}, {r['grid']} grid", seconds(r["paired"]["seconds_p50"]), ratio(r), ratio(r, "doubling")]
         for r in of_kind(results, "temperatures")
     ]
-    return markdown(["temperatures", "fused", "ratio to F.cross_entropy"], rows)
+    return markdown(["temperatures", "fused", "ratio to F.cross_entropy", "ratio to half as many"], rows)
 
 
 def size_table(results: list[Result]) -> str:

@@ -11,7 +11,7 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.contenders import FUSED, LossFunction, cross_entropy, usable
 from benchmarks.environment import environment
-from benchmarks.measure import measure, synchronizer
+from benchmarks.measure import measure, synchronizer, timed_phase
 from benchmarks.paired import Timed, paired
 from benchmarks.resnet import ResNet18
 
@@ -33,17 +33,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.parametrize("grid", ["uniform", "general"])
 @pytest.mark.parametrize("k", TEMPERATURES)
 def test_time_against_temperatures(benchmark: Any, name: str, k: int, grid: str, device: str) -> None:
-    case = Case(256, 1000, 32, k=k, grid=grid)
+    """And in turn with half as many: what twice the temperatures cost."""
+    cases = [Case(256, 1000, 32, k=temperatures, grid=grid) for temperatures in (k, max(1, k // 2))]
+    losses = [FUSED[name](case, device) for case in cases]
     measure(
         benchmark,
         name,
-        FUSED[name](case, device),
-        case,
+        losses[0],
+        cases[0],
         "both",
         kind="temperatures",
         device=device,
         budget_seconds=1.0,
     )
+    if k > 1:
+        both = [timed_phase(loss, *cases[0].data(device), "both") for loss in losses]
+        doubling = paired(*both, budget_seconds=1.0, synchronize=synchronizer(device))
+        benchmark.extra_info["doubling"] = asdict(doubling)
 
 
 @pytest.mark.parametrize("log_size", LOG_SIZES)

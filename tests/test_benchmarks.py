@@ -143,8 +143,10 @@ def result(kind: str, contender: str, case: Case = SMALL, phase: str = "both", *
 def published(tmp_path: Path) -> Path:
     fused = "fused[cpu]"
     results = [result("shape", name, phase=phase) for name in (fused, "eager loop") for phase in PHASES]
+    doubling = asdict(Paired(1.5, 1.6, 1.7, 1e-4, 1.25e-4, 1.5e-4, 1e-4, 10))
     for grid in ("uniform", "general"):
-        results += [result("temperatures", fused, Case(8, 4, 2, k=k, grid=grid)) for k in (1, 2)]
+        results.append(result("temperatures", fused, Case(8, 4, 2, k=1, grid=grid)))
+        results.append(result("temperatures", fused, Case(8, 4, 2, k=2, grid=grid), doubling=doubling))
     results += [result("size", fused, Case(n, 4, 2), copy_seconds=1e-5) for n in (8, 16)]
     results += [result("step", fused), result("variation", fused, replace(SMALL, grid="general"))]
     path = tmp_path / "results.json"
@@ -166,6 +168,8 @@ def test_report_prints_updates_and_plots(published: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert "| 48x12, 6 classes: eager loop | 1.25 (1.00 to 1.50) |" in done.stdout
     assert "+25.00 % (+0.00 to +50.00)" in done.stdout
+    assert "| 1, uniform grid | 125 µs | 1.25 (1.00 to 1.50) |  |" in done.stdout
+    assert "| 2, uniform grid | 125 µs | 1.25 (1.00 to 1.50) | 1.60 (1.50 to 1.70) |" in done.stdout
     text = page.read_text()
     assert text.startswith("before\n<!-- benchmarks: headline -->\n| logits |")
     assert text.endswith("|\n<!-- end -->\nafter\n")
