@@ -149,23 +149,25 @@ struct RowSums : Rows<T> {
       if constexpr (!kCareful) set_entry(x, label, floor);
     }
     // of all columns of a block, whatever row they are of
-    const auto exponentials_to = [&](T* to, T scale) CMIM_INLINE_LAMBDA {
+    const auto of_columns = [&](T* to, auto&& f) CMIM_INLINE_LAMBDA {
       by_several<T>(count, [&](auto several, int64_t at) CMIM_INLINE_LAMBDA {
-        constexpr int U = decltype(several)::value;
-        store_several(to + begin + at, exp_nonpositive(load_several<U>(X + begin + at) * scale));
+        store_several(to + begin + at, f(load_several<decltype(several)::value>(X + begin + at)));
       });
     };
     if constexpr (kSource == Source::chain) {
-      exponentials_to(E, base);
+      of_columns(E, [=](const auto& x) CMIM_INLINE_LAMBDA { return exp_nonpositive(x * base); });
       if constexpr (!kCareful)
         for (int64_t i = rows.begin; i < rows.end; ++i) set_entry(E + i * Cp, label, T(0));
       by_chunk(K, [&](auto, int k0) CMIM_INLINE_LAMBDA {
         T* const first = first_of<kSource>(k0);
-        if (first != E) exponentials_to(first, a[k0]);
+        const T scaled = T(job.a[k0] * kLog2<T>), vanishes = least[k0];
+        if (first != E)
+          of_columns(first,
+                     [=](const auto& x) CMIM_INLINE_LAMBDA { return exp_scaled(x, scaled, vanishes); });
       });
     }
     if constexpr (kOwn) {
-      exponentials_to(one, T(1));
+      of_columns(one, [](const auto& x) CMIM_INLINE_LAMBDA { return exp_nonpositive(x); });
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         RowSum<T> sum;
         for (int64_t j = 0; j < Cp; j += W) sum.add(j, load<V>(one + i * Cp + j));
