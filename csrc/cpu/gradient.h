@@ -61,7 +61,9 @@ struct UncentredGradient : RowSums<T> {
     const int64_t Cp = this->Cp, K = this->K;
     const T *const powers = E, *const factors = q, *const sums = G;
     const T *const g = part_of(0, k0), *const first = this->template first_of<Source::chain>(k0);
-    const T *const g_next = g + n * Cp, *const first_next = this->template first_of<Source::chain>(k0 + 8);
+    const int next = N > 8 ? k0 + 8 : k0;
+    const T* const g_next = part_of(0, next);
+    const T* const first_next = this->template first_of<Source::chain>(next);
     finish_pass(rows, k0 + N >= K, [=](int64_t i) CMIM_INLINE_LAMBDA {
       V qi[N];
       const T* const of_row = factors + i * K + k0;

@@ -22,16 +22,15 @@ struct LabelColumn {
   const Job& job;
   const Cluster& cluster;
   int64_t n;
-  int Kp;                // temperatures in whole vectors, with coefficients of 0 at the end
-  double *a, *coeff;     // (Kp) w_k a_k cmi_weight / normaliser
-  double *p, *t, *mean;  // (n, Kp) see above; sum_j P_j t_j, which the caller writes
-  double* rest;          // (n, Kp) kApart: 1 - p, without the cancellation
-  double *log_q, *rho;   // (Kp) of the centroid; R/Q
-  double *x, *p_ce,
-      *upstream;      // (n) below_top, no less than where all vanishes; its softmax at temperature 1
-  double* below_top;  // (n) logit less the row's largest
-  double* lead;       // (n) the row's largest less what the caller's exponentials are relative to
-  double* others;     // (n, Kp) kApart: exp(-a_k lead)
+  int Kp;                   // temperatures in whole vectors, with coefficients of 0 at the end
+  double *a, *coeff;        // (Kp) w_k a_k cmi_weight / normaliser
+  double *p, *t, *mean;     // (n, Kp) see above; sum_j P_j t_j, which the caller writes
+  double* rest;             // (n, Kp) kApart: 1 - p, without the cancellation
+  double *log_q, *rho;      // (Kp) of the centroid; R/Q
+  double *below_top, *x;    // (n) logit less the row's largest; the same, no less than where all vanishes
+  double *p_ce, *upstream;  // (n) softmax at temperature 1
+  double* lead;             // (n) the row's largest less what the caller's exponentials are relative to
+  double* others;           // (n, Kp) kApart: exp(-a_k lead)
 
   LabelColumn(const Job& j, const Cluster& cl)
       : job(j), cluster(cl), n(cl.count), Kp(int(round_up(j.temperatures, D))) {}
