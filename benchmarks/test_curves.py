@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -34,20 +34,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.parametrize("k", TEMPERATURES)
 def test_time_against_temperatures(benchmark: Any, name: str, k: int, grid: str, device: str) -> None:
     """And in turn with half as many: what twice the temperatures cost."""
-    cases = [Case(256, 1000, 32, k=temperatures, grid=grid) for temperatures in (k, max(1, k // 2))]
-    losses = [FUSED[name](case, device) for case in cases]
+    case = Case(256, 1000, 32, k=k, grid=grid)
+    loss = FUSED[name](case, device)
     measure(
         benchmark,
         name,
-        losses[0],
-        cases[0],
+        loss,
+        case,
         "both",
         kind="temperatures",
         device=device,
         budget_seconds=1.0,
     )
     if k > 1:
-        both = [timed_phase(loss, *cases[0].data(device), "both") for loss in losses]
+        half = FUSED[name](replace(case, k=k // 2), device)
+        both = [timed_phase(function, *case.data(device), "both") for function in (loss, half)]
         doubling = paired(*both, budget_seconds=1.0, synchronize=synchronizer(device))
         benchmark.extra_info["doubling"] = asdict(doubling)
 

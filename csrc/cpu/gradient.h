@@ -102,7 +102,7 @@ struct UncentredGradient : RowSums<T> {
         const T *const own = from + i * row_stride, *const x = xs + i * Cp;
         const T *const g = parts + i * Cp, *const sum = sums + i * Cp;
         return [=](int64_t j) CMIM_INLINE_LAMBDA {
-          auto ex = Exponentials<kSource, T>{own, x, scales}.at(kSource == Source::stored ? j * K : j, j);
+          auto ex = Exponentials<kSource, T>{own, x, scales}.at(this->template column<kSource>(j), j);
           SumOfProducts<T, N> taken;
           for (int k = 0; k < N; ++k) taken.add(k, qi[k], ex.at(k));
           const V v = (more ? V{} : load<V>(g + j)) - taken.total();

@@ -184,7 +184,7 @@ struct LabelColumn {
   // to (n): e of the cluster's cross entropy for upstream gradients of 1
   void entries(Span rows, const RowEntropy& e, double* to) const {
     const double taken = e.one_hot + e.smooth * class_weight(job, cluster.label);
-    const bool per_row = this->per_row();
+    const bool per_row = this->per_row(), has_ce = job.has_ce;
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       V sum{};
       for (int k0 = 0; k0 < Kp; k0 += D) {
@@ -193,8 +193,8 @@ struct LabelColumn {
         const V part = load<V>(coeff + k0) * pi * (load<V>(t + at) - load<V>(mean + at));
         sum += pi == 0.0 ? V{} : part;
       }
-      const double value = sum_lanes<double>(sum), ce = (e.probability * p_ce[i] - taken) * upstream[i];
-      to[i] = (per_row ? value : value * upstream[i]) + ce;
+      const double value = per_row ? sum_lanes<double>(sum) : sum_lanes<double>(sum) * upstream[i];
+      to[i] = has_ce ? value + (e.probability * p_ce[i] - taken) * upstream[i] : value;
     }
   }
 };

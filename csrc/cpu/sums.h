@@ -27,7 +27,7 @@ struct RowSums : Rows<T> {
   T* starts;  // (chunks, n, Cp) of a chain, exp(a X) of the chunk's first a, but where that is E: a high
               // power of E would carry its rounding that many times over
   T* one;     // (n, Cp) exp(X), where the softmax at temperature 1 is a term of its own
-  double* sums_one;  // (n) its sum
+  double* sums_one;  // (n) its sum, then the logarithm of that
   double* rounded;   // (n, K) what the rounding of mix adds to sum_j Q
   T* ahead;          // (n) the label's logit less the largest other, 0 where it is none
   LabelColumn<!kCareful> label;
@@ -102,7 +102,7 @@ struct RowSums : Rows<T> {
   void prepare(const Team& team) {
     reference(team);
     this->by_block(team, [&](Span rows) {
-      this->own_ce() ? exponentials<kSource, true>(rows) : exponentials<kSource, false>(rows);
+      exponentials<kSource>(rows);
       sum_rows<kSource>(rows);
       scales<kSource>(rows);
     });
@@ -134,8 +134,8 @@ struct RowSums : Rows<T> {
     for (int64_t i = 0; i < n; ++i) tops[i] -= least;
   }
 
-  // X, E of a chain, and `one` with its sum where kOwn
-  template <Source kSource, bool kOwn>
+  // X, E of a chain, and `one` with its sum where that is a term of its own
+  template <Source kSource>
   void exponentials(Span rows) {
     const T base = T(job.base * kUnit<T, kSource>), floor = this->floor;
     const int64_t C = this->C, Cp = this->Cp, label = cluster.label;
@@ -166,7 +166,7 @@ struct RowSums : Rows<T> {
                      [=](const auto& x) CMIM_INLINE_LAMBDA { return exp_scaled(x, scaled, vanishes); });
       });
     }
-    if constexpr (kOwn) {
+    if (this->own_ce()) {
       of_columns(one, [](const auto& x) CMIM_INLINE_LAMBDA { return exp_nonpositive(x); });
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         RowSum<T> sum;
@@ -264,8 +264,7 @@ struct RowSums : Rows<T> {
       for (int64_t i = rows.begin; i < rows.end; ++i)
         r_ce[i] = r[i * K + at], label.p_ce[i] = label.p[i * label.Kp + at];
     } else {
-      for (int64_t i = rows.begin; i < rows.end; ++i) r_ce[i] = 0, label.p_ce[i] = 0;
-      set_entropies(rows, nullptr, 0);
+      for (int64_t i = rows.begin; i < rows.end; ++i) r_ce[i] = 0, this->set_entropy(i, 0, 0);
     }
   }
 
@@ -281,9 +280,7 @@ struct RowSums : Rows<T> {
   void set_entropies(Span rows, const double* log_sums, int64_t stride) {
     if (!job.row_ce) return;
     double* const to = job.row_ce + cluster.position;
-    if (!job.has_ce) {
-      for (int64_t i = rows.begin; i < rows.end; ++i) to[i] = 0;
-    } else if (job.smoothing > 0) {
+    if (job.smoothing > 0) {
       for (int64_t i = rows.begin; i < rows.end; ++i)
         this->set_entropy(i, log_sums[i * stride], double(tops[i]) + label.lead[i]);
     } else {

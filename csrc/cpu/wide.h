@@ -10,7 +10,8 @@
 //
 // A constant of the row added to t changes H_k, but not t - H_k, so the gradient does not need it. Columns go
 // by in tiles that stay in the first-level cache between centroid and accumulate. G and what is taken from it
-// nearly cancel where one class has most of a row's probability: sums over temperatures are by pairs.
+// nearly cancel where one class has most of a row's probability: sums over temperatures are by pairs or in
+// two chains.
 //
 // In float, t carries the rounding of numbers of the size of X: enough where the rows differ visibly. The
 // label's column is left out of E, and its part of every sum comes in double from label.h; where it is ahead
