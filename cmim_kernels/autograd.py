@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import Backend
-from .export import exportable_loss
+from .export import exportable_loss, exporting
 from .reference import reference_gradient, reference_loss
 from .tensors import without_data
 
@@ -50,7 +50,7 @@ def differentiable_loss(
     """The value of `torch.ops.cmim_kernels.loss`, differentiable in the logits; None is the reference."""
     if backend is None:
         return reference_loss(logits, target, a, w, class_weight, centroids, *options)
-    if torch.compiler.is_exporting():  # whether or not this is the example that needs a gradient
+    if exporting():  # whether or not this is the example that needs a gradient
         return exportable_loss(backend, logits, target, a, w, class_weight, centroids, options)
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return backend.loss(logits, target, a, w, class_weight, centroids, *options, False)[0]

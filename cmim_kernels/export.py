@@ -19,6 +19,11 @@ from .reference import reference_gradient
 _NAME = "cmim_kernels::exportable_loss"
 
 
+def exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which the compiler of torch 2.11 takes to be true in `torch.compile` too."""
+    return torch.compiler._is_exporting_flag
+
+
 def exportable_loss(backend: Backend, *arguments: Any) -> Tensor:
     """The value of `backend.loss(*arguments, True)`, differentiable in the logits; `options` come last."""
     *others, options = arguments

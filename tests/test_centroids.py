@@ -322,6 +322,7 @@ def test_memory_is_as_documented() -> None:
 
 
 def on_two_ranks(rank: int, address: str) -> None:
+    torch.set_num_threads(1)  # two ranks and pytest's other processes share the cores
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     check_rank(rank)
     dist.barrier()  # a group that goes while another rank is still busy may leave that one waiting

@@ -348,6 +348,7 @@ def test_torchmetrics_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_two_ranks(rank: int, address: str) -> None:
+    torch.set_num_threads(1)  # two ranks and pytest's other processes share the cores
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     check_rank(rank)
     torch.distributed.barrier()  # a group that goes while another rank is busy may leave that one waiting

@@ -148,10 +148,10 @@ def test_the_callers_defaults_and_transforms_do_not_matter(
 def test_auto_does_not_choose_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference, taken in passing, would be in the graph for good."""
     monkeypatch.setattr(dispatch, "_untrusted_on", {})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode():
         logits = torch.empty(4, 3, device="cuda")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(RuntimeError, match="call the loss once before"):
             dispatch.pick("auto", logits, 8)
     assert dispatch._untrusted_on == {}
