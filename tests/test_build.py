@@ -33,7 +33,7 @@ def empty_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def site_packages(environment: Path) -> Path:
-    return Path(sysconfig.get_path("purelib", "venv", {"base": str(environment)}))
+    return Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(environment)}))
 
 
 def run_setup(environment: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
