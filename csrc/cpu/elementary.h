@@ -287,7 +287,7 @@ CMIM_INLINE Vec<double> psi(Vec<double> t, Vec<double> ratio) {
                           4.0 / 120,    3.0 / 24,    2.0 / 6,    1.0 / 2};
   for (double k : c) p = p * t + k;
   const Vec<double> near = p * (t * t), far = ratio * t - ratio + 1.0;
-  return (t < 0.125) & (t > -0.125) ? near : far;
+  return ((t < 0.125) & (t > -0.125)) ? near : far;
 }
 
 // The remaining functions serve clusters that have nearly collapsed, where everything is small.

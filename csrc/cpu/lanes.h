@@ -22,15 +22,15 @@ constexpr int lane_of_halves(int l, bool upper) {
 template <int kGroup, bool kAlone, class V, size_t... I>
 CMIM_INLINE V halve_groups(V a, V b, std::index_sequence<I...>) {
   constexpr int W = sizeof...(I), kBlock = 16 / sizeof(a[0]);
-  return __builtin_shufflevector(a, b, lane_of_halves<W, kGroup, kBlock, kAlone>(I, false)...) +
-         __builtin_shufflevector(a, b, lane_of_halves<W, kGroup, kBlock, kAlone>(I, true)...);
+  return lanes_of<lane_of_halves<W, kGroup, kBlock, kAlone>(I, false)...>(a, b) +
+         lanes_of<lane_of_halves<W, kGroup, kBlock, kAlone>(I, true)...>(a, b);
 }
 // total[l] += lane l of v, for l in [kFrom, kEnd)
 template <class T, int kFrom, int kEnd, size_t... I>
 CMIM_INLINE void add_each_lane(Vec<T> v, double* total, std::index_sequence<I...> together) {
   if constexpr (kFrom + int(sizeof...(I)) <= kEnd) {
     using D = Vec<double>;
-    store(total + kFrom, load<D>(total + kFrom) + to_double(__builtin_shufflevector(v, v, (kFrom + I)...)));
+    store(total + kFrom, load<D>(total + kFrom) + to_double(lanes_of<int(kFrom + I)...>(v, v)));
     add_each_lane<T, kFrom + int(sizeof...(I)), kEnd>(v, total, together);
   } else {
     for (int l = kFrom; l < kEnd; ++l) total[l] += double(v[l]);
@@ -64,8 +64,8 @@ CMIM_INLINE void exchange(V (&m)[W], std::index_sequence<I...>) {
   for (int r = 0; r < W; ++r) {
     if (r & kHalf) continue;
     const V a = m[r], b = m[r + kHalf];
-    m[r] = __builtin_shufflevector(a, b, int(I & kHalf ? W + I - kHalf : I)...);
-    m[r + kHalf] = __builtin_shufflevector(a, b, int(I & kHalf ? W + I : I + kHalf)...);
+    m[r] = lanes_of<int(I & kHalf ? W + I - kHalf : I)...>(a, b);
+    m[r + kHalf] = lanes_of<int(I & kHalf ? W + I : I + kHalf)...>(a, b);
   }
 }
 // Lane l of vector r becomes lane r of vector l: first of every two by two lanes, then of two by two of
