@@ -20,7 +20,7 @@ _NAME = "cmim_kernels::exportable_loss"
 
 
 def exporting() -> bool:
-    """`torch.compiler.is_exporting()`, which the compiler of torch 2.11 takes to be true in `torch.compile` too."""
+    """`torch.compiler.is_exporting()`, which the compiler of torch 2.11 takes to be true at all times."""
     return torch.compiler._is_exporting_flag
 
 

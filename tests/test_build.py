@@ -209,3 +209,16 @@ def test_variants_share_no_function() -> None:
     own = [name for name in newer if "cmim::cpu::(anonymous namespace)::" in name]
     assert len(own) > 50
     assert {name: newer[name] for name in newer if name not in own} == {}
+
+
+@pytest.mark.parametrize("compiler", ["g++-11", "clang++-14"])
+@pytest.mark.parametrize("variant", setup.VARIANTS)
+def test_the_oldest_compilers_take_the_kernels(compiler: str, variant: str) -> None:
+    """Those of README.md. To see them pass the tests: `make clean`, `CXX=clang++-14 make test`."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    flags = [*setup.CXXFLAGS, "-Werror", "-fsyntax-only", f"-I{setup.CSRC}", f"-DCMIM_VARIANT={variant}"]
+    for stem in setup.PER_VARIANT:
+        command = [compiler, *flags, *setup.VARIANTS[variant], str(setup.CSRC / "cpu" / f"{stem}.cpp")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
