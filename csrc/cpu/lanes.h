@@ -30,7 +30,7 @@ template <class T, int kFrom, int kEnd, size_t... I>
 CMIM_INLINE void add_each_lane(Vec<T> v, double* total, std::index_sequence<I...> together) {
   if constexpr (kFrom + int(sizeof...(I)) <= kEnd) {
     using D = Vec<double>;
-    store(total + kFrom, load<D>(total + kFrom) + to_double(lanes_of<int(kFrom + I)...>(v, v)));
+    store(total + kFrom, load<D>(total + kFrom) + to_double(lanes_of<(kFrom + I)...>(v, v)));
     add_each_lane<T, kFrom + int(sizeof...(I)), kEnd>(v, total, together);
   } else {
     for (int l = kFrom; l < kEnd; ++l) total[l] += double(v[l]);
@@ -64,8 +64,8 @@ CMIM_INLINE void exchange(V (&m)[W], std::index_sequence<I...>) {
   for (int r = 0; r < W; ++r) {
     if (r & kHalf) continue;
     const V a = m[r], b = m[r + kHalf];
-    m[r] = lanes_of<int(I & kHalf ? W + I - kHalf : I)...>(a, b);
-    m[r + kHalf] = lanes_of<int(I & kHalf ? W + I : I + kHalf)...>(a, b);
+    m[r] = lanes_of<(I & kHalf ? W + I - kHalf : I)...>(a, b);
+    m[r + kHalf] = lanes_of<(I & kHalf ? W + I : I + kHalf)...>(a, b);
   }
 }
 // Lane l of vector r becomes lane r of vector l: first of every two by two lanes, then of two by two of

@@ -89,13 +89,13 @@ CMIM_INLINE To bits(From v) {
 }
 
 // Lanes L of a and b, counted through both; a vector of as many as there are L.
-template <int... L, class V>
+template <size_t... L, class V>
 CMIM_INLINE auto lanes_of(V a, V b) {
 #if __has_builtin(__builtin_shufflevector)
   return __builtin_shufflevector(a, b, L...);
 #else  // gcc 11, which makes shuffles of these as well
   using T = std::decay_t<decltype(a[0])>;
-  constexpr int W = sizeof(V) / sizeof(T);
+  constexpr size_t W = sizeof(V) / sizeof(T);
   typedef T R __attribute__((vector_size(sizeof...(L) * sizeof(T))));
   return R{(L < W ? a[L % W] : b[L % W])...};
 #endif
@@ -129,7 +129,7 @@ CMIM_INLINE Vec<double> to_double(Vec<double> v) {
 template <class V, class F, size_t... I>
 CMIM_INLINE auto fold_halves(V v, F&& f, std::index_sequence<I...>) {
   constexpr int half = sizeof...(I);
-  const auto folded = f(lanes_of<int(I)...>(v, v), lanes_of<int(half + I)...>(v, v));
+  const auto folded = f(lanes_of<I...>(v, v), lanes_of<(half + I)...>(v, v));
   if constexpr (half == 1)
     return folded[0];
   else
