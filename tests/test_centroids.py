@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch import Tensor
 
 from cmim_kernels import CMIMLoss, TemperatureSpectrum, class_centroids, fused_cmi_loss
@@ -321,14 +321,6 @@ def test_memory_is_as_documented() -> None:
     assert b.centroids.numel() * b.centroids.element_size() == 32_000_000
 
 
-def on_two_ranks(rank: int, address: str) -> None:
-    torch.set_num_threads(1)  # two ranks and pytest's other processes share the cores
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    check_rank(rank)
-    dist.barrier()  # a group that goes while another rank is still busy may leave that one waiting
-    dist.destroy_process_group()
-
-
 def check_rank(rank: int) -> None:
     group = dist.group.WORLD
     for mode in ("ema", "epoch"):
@@ -357,4 +349,4 @@ def check_rank(rank: int) -> None:
 
 
 def test_two_processes(tmp_path: Any) -> None:
-    mp.spawn(on_two_ranks, args=(f"file://{tmp_path}/store",), nprocs=2)
+    on_ranks(2, check_rank, tmp_path)

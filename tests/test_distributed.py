@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,8 +55,6 @@ def bank_losses(
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     group = dist.group.WORLD
     x, target = (t.split(COUNTS)[rank] for t in whole_batch())
     model = DistributedDataParallel(network())
@@ -106,15 +103,12 @@ def worker(rank: int, folder: str) -> None:
         with pytest.raises(RuntimeError, match="process_group does not contain this process"):
             ck.fused_cmi_loss(x[:, :4], target, process_group=alone)
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, tuple[Tensor, Tensor]]]:
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        mp.spawn(worker, (folder,), nprocs=WORLD)
+        on_ranks(WORLD, worker, folder, folder)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
 
 

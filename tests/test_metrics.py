@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch import Tensor, nn
 
 from cmim_kernels import TemperatureSpectrum, cmi_spectrum
@@ -347,14 +347,6 @@ def test_torchmetrics_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
         from cmim_kernels.metrics import CMIMetric  # noqa: F401
 
 
-def on_two_ranks(rank: int, address: str) -> None:
-    torch.set_num_threads(1)  # two ranks and pytest's other processes share the cores
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    check_rank(rank)
-    torch.distributed.barrier()  # a group that goes while another rank is busy may leave that one waiting
-    torch.distributed.destroy_process_group()
-
-
 def check_rank(rank: int) -> None:
     logits, target = rows(1e-3)
     own = slice(0, 31) if rank == 0 else slice(31, 97)
@@ -393,4 +385,4 @@ def check_rank(rank: int) -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")
-    mp.spawn(on_two_ranks, args=(f"file://{tmp_path}/store",), nprocs=2)
+    on_ranks(2, check_rank, tmp_path)
