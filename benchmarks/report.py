@@ -3,8 +3,8 @@
     python benchmarks/report.py [JSON ...] [--plots FOLDER] [--update FILE ...]
 
 Prints every table. With --update a file's parts between `<!-- benchmarks: NAME -->` and `<!-- end -->` are
-replaced by the table of that name; names of a GPU's tables and plots begin with `cuda-`. Without JSON files,
-those in benchmarks/results are read.
+replaced by the table of that name; names of a GPU's tables and plots begin with `cuda-`, those of a second
+CPU with its instruction set (`avx512-`). Without JSON files, those in benchmarks/results are read.
 """
 
 from __future__ import annotations
@@ -72,6 +72,11 @@ def colour(contender: str) -> str:
     return COLOURS.get("fused" if fused else contender, "0.4")
 
 
+def instructions(result: Result) -> str:
+    """The CPU's instruction set, by which CPUs are told apart."""
+    return str(result["environment"]["cpu_capability"])
+
+
 def unique(values: Iterable[str]) -> list[str]:
     """In order of first appearance."""
     return list(dict.fromkeys(values))
@@ -123,14 +128,20 @@ def headline_table(results: list[Result]) -> str:
 
 
 def price_table(results: list[Result]) -> str:
-    """Fused against F.cross_entropy, forward and backward, a row per shape and variation."""
-    rows = []
+    """Fused against F.cross_entropy, both ways: a row per shape and variation, CPUs side by side."""
+    columns = ["F.cross_entropy", "fused, K = 8", "ratio (20th to 80th percentile)"]
+    cpus = unique(instructions(r) for r in results)
+    rows: dict[str, dict[str, list[str]]] = {}
     for r in of_kind(results, "shape", "host", "variation"):
         if is_fused(r["contender"]) and r["phase"] == "both":
             p = r["paired"]
             name = r["case"] if r["contender"] == "fused[cpu]" else f"{r['case']}, {r['contender']}"
-            rows.append([name, seconds(p["baseline_seconds_p50"]), seconds(p["seconds_p50"]), ratio(r)])
-    return markdown(["logits", "F.cross_entropy", "fused, K = 8", "ratio (20th to 80th percentile)"], rows)
+            cells = [seconds(p["baseline_seconds_p50"]), seconds(p["seconds_p50"]), ratio(r)]
+            rows.setdefault(name, {})[instructions(r)] = cells
+    lines = [[n, *(cell for cpu in cpus for cell in found.get(cpu, [""] * 3))] for n, found in rows.items()]
+    if len(cpus) > 1:  # a line has to fit a page
+        columns = [column for cpu in cpus for column in (f"{cpu}: F.cross_entropy", "fused", "ratio")]
+    return markdown(["logits", *columns], lines)
 
 
 def contender_table(results: list[Result]) -> str:
@@ -192,18 +203,28 @@ TABLES: dict[str, tuple[str, Callable[[list[Result]], str]]] = {
 KNOWN = (*TABLES, "errors-collapse", "errors-regimes", "errors-machine", "ceilings")
 
 
-def by_device(results: list[Result]) -> dict[str, list[Result]]:
-    """{prefix of the device's table and plot names: its results}."""
-    devices = unique(r["device"] for r in results)
-    return {"" if d == "cpu" else f"{d}-": [r for r in results if r["device"] == d] for d in devices}
+# What has a column for each CPU; other tables and plots are of one
+SIDE_BY_SIDE = ("headline", "price")
+
+
+def by_machine(results: list[Result]) -> dict[str, list[Result]]:
+    """{prefix of the machine's table and plot names: its results}; the first CPU's names have none."""
+    found: dict[str, list[Result]] = {}
+    first = next((instructions(r) for r in results if r["device"] == "cpu"), None)
+    for r in results:
+        of_cpu = "" if instructions(r) == first else f"{instructions(r).lower()}-"
+        found.setdefault(of_cpu if r["device"] == "cpu" else f"{r['device']}-", []).append(r)
+    return found
 
 
 def tables(results: list[Result]) -> dict[str, str]:
     """Only those for which there are results: a heading alone says nothing."""
     parts = {}
-    for prefix, here in by_device(results).items():
+    for prefix, here in by_machine(results).items():
+        device = [r for r in results if r["device"] == here[0]["device"]]
         for name, (kind, table) in TABLES.items():
-            text = table(here) if not kind or of_kind(here, kind) else ""
+            of = device if name in SIDE_BY_SIDE else here
+            text = table(of) if not kind or of_kind(of, kind) else ""
             if text.count("\n") > 1 or not kind:
                 parts[prefix + name] = text
     return parts
@@ -213,7 +234,7 @@ def update(path: Path, parts: dict[str, str]) -> None:
     """Puts the parts between their marks in a document."""
     text = path.read_text()
     for name in re.findall(r"<!-- benchmarks: ([\w-]+) -->", text):
-        if name.removeprefix("cuda-") not in KNOWN:
+        if not {name, name.partition("-")[2]} & set(KNOWN):
             raise SystemExit(f"{path} asks for the unknown table {name!r}; there are {', '.join(KNOWN)}")
         if name in parts:
             start = f"<!-- benchmarks: {name} -->\n"
@@ -353,7 +374,7 @@ def main() -> None:
         print(f"## {name}\n\n{table}\n")
     for path in options.update:
         update(path, parts)
-    for prefix, here in by_device(results).items():
+    for prefix, here in by_machine(results).items():
         for kind, (name, plot) in PLOTS.items():
             path = options.plots / f"{prefix}{name}.png"
             points = [r for r in of_kind(here, kind) if is_plotted(r)]

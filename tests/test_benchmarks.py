@@ -184,6 +184,38 @@ def test_report_prints_updates_and_plots(published: Path, tmp_path: Path) -> Non
     assert plots == {"ratio.png", "temperatures.png", "size.png", "step.png"}
 
 
+def test_report_has_two_processors_side_by_side(tmp_path: Path) -> None:
+    """Prices in one table; other tables and plots of the second are its own, and a GPU's are apart."""
+    pytest.importorskip("matplotlib")
+    paths = []
+    for name, instructions, device in (("a", "AVX2", "cpu"), ("b", "AVX512", "cpu"), ("c", "AVX512", "cuda")):
+        results = [
+            result("shape", f"fused[{device}]", device=device),
+            result("step", "fused[cpu]", device=device),
+        ]
+        results += [result("variation", "fused[cpu]", Case(9, 3, 3))] if name == "b" else []
+        for r in results:
+            r["environment"] = environment() | {"cpu_capability": instructions}
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps({"benchmarks": [{"extra_info": r} for r in results]}))
+    page = tmp_path / "page.md"
+    names = ("headline", "avx512-step", "avx512-machine", "cuda-headline")
+    page.write_text("".join(f"<!-- benchmarks: {name} -->\n<!-- end -->\n" for name in names))
+    done = run_report(*map(str, paths), "--plots", str(tmp_path / "plots"), "--update", str(page))
+    assert done.returncode == 0, done.stderr
+    headline, step, machine, of_gpu = page.read_text().split("<!-- end -->\n")[:-1]
+    numbers = "100 µs | 125 µs | 1.25 (1.00 to 1.50)"
+    assert "| AVX2: F.cross_entropy | fused | ratio | AVX512: F.cross_entropy | fused | ratio |" in headline
+    assert f"| 48x12, 6 classes | {numbers} | {numbers} |" in headline
+    assert f"| 9x3, 3 classes |  |  |  | {numbers} |" in done.stdout
+    assert step.count("48x12") == 1
+    assert "AVX512" in machine
+    assert "AVX2" not in machine
+    assert f"| 48x12, 6 classes, fused[cuda] | {numbers} |" in of_gpu
+    plots = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert plots == {f"{of}{name}.png" for of in ("", "avx512-", "cuda-") for name in ("ratio", "step")}
+
+
 def test_report_leaves_out_what_has_no_results(tmp_path: Path) -> None:
     """Such as of a run whose measurements of both phases together failed."""
     pytest.importorskip("matplotlib")
