@@ -255,6 +255,16 @@ def test_both_kinds_of_kernels_agree(width: float) -> None:
 
 
 @both_paths
+@pytest.mark.parametrize(("a", "seam"), [(0.125, 0.57), (1.0, 0.2)], ids=["T=8", "T=1"])
+@pytest.mark.parametrize("times", [0.7, 0.9, 1.15, 1.5])
+def test_both_sides_of_the_seam(a: float, seam: float, times: float, path: int) -> None:
+    """Clusters as wide as makes the plain form take over from the centred one, and a little more and less."""
+    logits, target = clusters(times * seam, n=64, c=200)
+    with settings(path):
+        check_norm(logits, arguments(target, SPECTRUM, (a,), ce_weight=0.0), at_most=1.5e-6)
+
+
+@both_paths
 def test_a_wide_tile_beside_a_collapsed_one(path: int) -> None:
     """The negligible wide columns cost the others no digit."""
     g = torch.Generator().manual_seed(5)

@@ -6,10 +6,14 @@
 
 namespace cmim::cuda {
 
-// A temperature at which the class's mean KL (nats) is below this is done again in the centred form. The
-// plain form errs by some 1e-8 to 1e-7; docs/performance_cuda.md measures both sides of the seam.
+// A temperature at which the class's mean KL (nats) is below this is done again in the centred form: a is its
+// inverse. The plain form errs by what is rounded in means near 1 and in their logarithms, which are as large
+// as a x; docs/performance_cuda.md measures both sides of the seam.
 template <class A>
-constexpr A kCollapsed = sizeof(A) == 4 ? A(3e-2) : A(1e-9);
+__device__ inline A collapsed_below(A a) {
+  if (sizeof(A) == 8) return A(1e-9);
+  return A(2e-2) * (a < A(0.125) ? A(0.125) : a < A(1.5) ? a : A(1.5));
+}
 
 // From what centred_sums() left in `sums`: saved.growth of the temperatures in `centred`. Barrier after.
 template <class T>
@@ -111,7 +115,8 @@ __device__ inline uint64_t sum_class(const Block<T>& b, const Forward<typename T
     const A total = sum_over_warp(sum.value());
     if (lane != 0) continue;
     if (tell) *class_sum(q, f, which, slot) = total;
-    if (divergence && total < kCollapsed<A> * A(count)) atomicOr(mask + which / 32, 1u << which % 32);
+    if (divergence && total < collapsed_below(q.a[which]) * A(count))
+      atomicOr(mask + which / 32, 1u << which % 32);
   }
   if (thread == 0 && tell) tell_class(b, f, slot);
   __syncthreads();
