@@ -103,6 +103,14 @@ def test_many_tiles_agree_with_one(width: float, tile: int, cut: Callable[..., N
     check(logits, args)
 
 
+@pytest.mark.parametrize(("a", "seam"), [(0.125, 0.6), (1.0, 0.075)], ids=["T=8", "T=1"])
+@pytest.mark.parametrize("times", [0.7, 0.9, 1.15, 1.5])
+def test_both_sides_of_the_seam(a: float, seam: float, times: float) -> None:
+    """Clusters as wide as makes the plain form take over from the centred one, and a little more and less."""
+    logits, target = clusters(times * seam, n=64, c=200)
+    check_norm(logits, arguments(target, SPECTRUM, (a,), ce_weight=0.0), at_most=2e-6)
+
+
 def test_a_wide_tile_beside_a_collapsed_one(cut: Callable[..., None]) -> None:
     """Both forms in one row: their shares add up, and the negligible wide tile costs the other no digit."""
     cut(NARROW=16)

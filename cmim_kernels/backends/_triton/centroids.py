@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .blocks import bundle, chunk_and_tile, cluster_at, load_centre, owned_from
+from .blocks import bundle, chunk_and_tile, cluster_at, load_centre, owned_from, per_cluster
 from .columns import sums
 
 
@@ -47,6 +47,7 @@ def centroids_kernel(
             )  # fmt: skip
             at = (order * C + label) * C
             mask = (k < K)[:, None] & (col < C)[None, :]
-            tl.store(centroids + at[:, None] + col[None, :], total / n, mask=mask)
+            Q = total * (per_cluster(S[2], K, f, KC) / n)[:, None]
+            tl.store(centroids + at[:, None] + col[None, :], Q, mask=mask)
             tl.store(counts + label, tl.cast(n, tl.int64), mask=tile == 0)
         p = stop

@@ -3,11 +3,12 @@
     plain     L = log Q + log S_b,     t = a x - L,     x = z - max z
     centred   L = log (Q / P_b),       t = a d - L,     d = (z - z_b) - (max z - max z_b)
 
-with b the cluster's first row. In both, log(P/Q) = t - lambda, lambda = log S - log S_b. Where the rows almost
-agree, x and log Q round away what d and L of the centred form keep: there L = log1p(mean w), w = P/P_b - 1 =
-(1 + expm1(a d)) S_b/S - 1. A constant of the row in t, such as the rounding of log S, harms neither the gradient,
-which contains t - mean t, nor the divergence (forward.py), so that d may be shifted by the rows' maxima: a class
-that carries all of the probability then has d = 0 exactly, and its tiny log-ratio is not drowned.
+with b the cluster's first row. In both, log(P/Q) = t - lambda, lambda = log S - log S_b. The plain L is the
+logarithm of the mean of exp(a x) S_b/S, no larger than a x, and so rounded little. Where the rows almost agree, x
+and log Q round away what d and L of the centred form keep: there L = log1p(mean w), w = P/P_b - 1 =
+(1 + expm1(a d)) S_b/S - 1. A constant of the row in t, such as the rounding of S, harms neither the gradient, which
+contains t - mean t, nor the divergence (forward.py), so that d may be shifted by the rows' maxima: a class that
+carries all of the probability then has d = 0 exactly, and its tiny log-ratio is not drowned.
 
 The plain form costs half as much. It is taken where the tile is wide: a^2 d^2 is not small on average, under P_b
 at the lowest and at the highest a; and at those temperatures where a d is too large for the centred form in an
@@ -25,7 +26,7 @@ from .elementary import LOG2E, exp_less, exponentials, growths, log1p
 
 WIDE = tl.constexpr(
     0.02
-)  # mean a^2 d^2 from which float32 resolves the plain form; measured, docs/numerics.md
+)  # mean a^2 d^2 from which float32 resolves the plain form: docs/performance_triton.md
 FAR = tl.constexpr(30.0)  # |a d| up to which the centred form resolves an entry, of any temperature
 BEYOND = tl.constexpr(1e13)  # about exp(FAR)
 NEGLIGIBLE = tl.constexpr(1.5)  # P < exp(-1.5 FAR) in the row and in the centre: no matter what d is there
@@ -132,6 +133,25 @@ def exponents(x, z, top, live, centre, centre_top, a, m, KC: tl.constexpr, POWER
 
 
 @triton.jit
+def sum_of(inverse):
+    """S from 1/S; 1 for absent rows and temperatures."""
+    return tl.where(inverse == 0, 1.0, 1.0 / inverse)
+
+
+@triton.jit
+def sum_of_first(S, f, KC: tl.constexpr):
+    """S_b (KC,)."""
+    return sum_of(per_cluster(S[2], S[4], f, KC))
+
+
+@triton.jit
+def log_ratio(S, p, live, f, KC: tl.constexpr):
+    """lambda (KC, R), of S_b / S as `sums` has it: what is rounded there cancels in the mean over the rows."""
+    ratio = per_row(S[2], S[4], p, live, KC) * sum_of_first(S, f, KC)[:, None]
+    return tl.where(ratio == 0, 0.0, -tl.log(ratio))
+
+
+@triton.jit
 def sums(
     Z,
     S,
@@ -150,36 +170,37 @@ def sums(
     R: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Sums over rows begin to end of P, or of w where centred: (KC, BC), 0 for absent temperatures; with an
+    """Sums over rows begin to end of S_b P, or of w where centred: (KC, BC), 0 for absent temperatures; with an
     upstream gradient g also the sums weighted with g - g_b, (KC, BC), and the sum of g - g_b, ()."""
     a, base, floor = T
     total = tl.zeros([KC, col.shape[0]], tl.float32)
     weighted = total
     drift = 0.0
-    inverse_b = per_cluster(S[2], S[4], f, KC)
-    sum_b = tl.where(inverse_b == 0, 1.0, 1.0 / inverse_b)
+    sum_b = sum_of_first(S, f, KC)
     if upstream is not None:
         drift = tl.zeros([R], tl.float32)
         up_b = tl.load(upstream + tl.load(S[0] + f).to(tl.int64) * up_stride)
     for start in range(begin, end, R):
         p, live, row, top, z = load_rows(Z, S, start, end, col, R, VEC)
-        inverse = per_row(S[2], S[4], p, live, KC)
+        ratio = (
+            per_row(S[2], S[4], p, live, KC) * sum_b[:, None]
+        )  # S_b / S; 0 of absent rows and temperatures
         if m > 0:
-            ratio = tl.where(inverse == 0, 1.0, inverse * sum_b[:, None])  # S_b / S
-            rest = ratio - 1.0
+            scale = tl.where(ratio == 0, 1.0, ratio)
+            rest = scale - 1.0
             if POWERS & 255 == 0:
                 centred = tl.arange(0, KC)[:, None] < m
                 x = below_top(z, top, floor)
                 y = exponents(x, z, top, live, centre, centre_top, a, m, KC, POWERS)
                 grown = exp_less(y, centred[:, :, None].to(tl.float32))
-                ratio = tl.where(centred, ratio, inverse)
+                scale = tl.where(centred, scale, ratio)
                 rest = tl.where(centred, rest, 0.0)
             else:
                 grown = growths(from_centre(z, top, live, centre, centre_top), a, base, KC, POWERS)
             grown = tl.where(grown > BEYOND, BEYOND, grown)  # of a negligible entry
-            terms = grown * ratio[:, :, None] + rest[:, :, None]
+            terms = grown * scale[:, :, None] + rest[:, :, None]
         else:
-            terms = exponentials(below_top(z, top, floor), a, base, KC, POWERS) * inverse[:, :, None]
+            terms = exponentials(below_top(z, top, floor), a, base, KC, POWERS) * ratio[:, :, None]
         total += tl.sum(terms, 1)
         if upstream is not None:
             up = tl.load(upstream + row.to(tl.int64) * up_stride, mask=live, other=0.0) - up_b
@@ -199,9 +220,9 @@ def logs(total, n, S, f, m, KC: tl.constexpr, POWERS: tl.constexpr):
     if m > 0:
         out = log1p(mean)
     if m < S[4]:
-        plain = tl.where(mean < VANISHED, NOTHING, tl.log(mean) + per_cluster(S[3], S[4], f, KC)[:, None])
+        plain = tl.where(mean < VANISHED, NOTHING, tl.log(mean))
         out = tl.where(tl.arange(0, KC)[:, None] < m, out, plain) if POWERS & 255 == 0 else plain
-    return out, tl.sum(mean, 1)
+    return out, tl.sum(mean, 1) * per_cluster(S[2], S[4], f, KC)
 
 
 @triton.jit

@@ -12,8 +12,8 @@ from .blocks import (
     COUNT,
     ENTROPY,
     FIRST,
+    INVERSE,
     LABEL,
-    LOG_SUM,
     MEAN_RATIO,
     ROW,
     WEIGHT,
@@ -23,6 +23,7 @@ from .blocks import (
     int_field,
     normalisers,
 )
+from .columns import sum_of
 from .given import NEAR
 
 NONE = tl.constexpr(reference.NONE)
@@ -117,15 +118,15 @@ def finish_chunk(
                 mean = A
             else:
                 first = tl.load(int_field(saved, N, FIRST) + p, mask=live, other=0)
-                log_s = by_temperature(saved, N, K, LOG_SUM)
-                log_b = tl.load(log_s + first.to(tl.int64)[None, :] * K + k, mask=inside, other=0.0).to(
-                    tl.float64
-                )
-                shift = tl.load(log_s + at, mask=inside, other=0.0) - log_b
+                inverse = by_temperature(saved, N, K, INVERSE)
+                at_b = first.to(tl.int64)[None, :] * K + k
+                ratio = tl.load(inverse + at, mask=inside, other=0.0)
+                ratio *= sum_of(tl.load(inverse + at_b, mask=inside, other=0.0))
+                shift = -wide_log(ratio)  # rounded as in columns.py
                 mean = A.to(tl.float64) / tl.where(inside, mass, 1.0)
                 gap = mean - shift - G
                 plain = inside & (k >= some_tile_centred(saved, tiles, N, K, first, busy)[None, :])
-                kl = tl.where(plain, mean + log_b - wide_log(mass), G - 0.5 * gap * gap)
+                kl = tl.where(plain, mean - shift, G - 0.5 * gap * gap)
                 mean = mean.to(tl.float32)
             tl.store(by_temperature(saved, N, K, MEAN_RATIO) + at, mean, mask=(k < K) & live[None, :])
             kl = tl.where(kl < 0.0, 0.0, kl)  # by its rounding

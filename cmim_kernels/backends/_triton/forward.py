@@ -32,10 +32,9 @@ from .blocks import (
     load_large,
     load_rows,
     owned_from,
-    per_cluster,
     per_row,
 )
-from .columns import below_top, choose_form, exponents, logs, spread, sums
+from .columns import below_top, choose_form, exponents, log_ratio, logs, spread, sums
 from .elementary import excess, exponentials
 from .finish import NONE, TOTALS, finish, finish_chunk
 from .given import given_shares
@@ -121,7 +120,7 @@ def shares(
         at = p.to(tl.int64)[None, :] * K + k
         inside = (k < K) & live[None, :]
         if m > 0:
-            shift = per_row(S[3], K, p, live, KC) - per_cluster(S[3], K, f, KC)[:, None]
+            shift = log_ratio(S, p, live, f, KC)
             centre, centre_top = load_centre(Z, S, f, col, VEC)  # again: registers are short here
             # t twice, in two ways of rounding: one sum after the other takes half the registers
             s = L[:, None, :] - (
@@ -138,7 +137,7 @@ def shares(
         tl.store(parts + part_stride + at, A, mask=inside)
         tl.store(masses + at, W, mask=inside)
         if m < K:
-            shift = per_row(S[3], K, p, live, KC) - per_cluster(S[3], K, f, KC)[:, None]
+            shift = log_ratio(S, p, live, f, KC)
             G = per_row(S[2], K, p, live, KC) * ((A - shift * W) - W) + q_mass[:, None]
             tl.store(parts + at, G, mask=inside & (k >= m))
 
