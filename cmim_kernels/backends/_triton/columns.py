@@ -24,9 +24,7 @@ import triton.language as tl
 from .blocks import load_rows, per_cluster, per_row
 from .elementary import LOG2E, exp_less, exponentials, growths, log1p
 
-WIDE = tl.constexpr(
-    0.02
-)  # mean a^2 d^2 from which float32 resolves the plain form: docs/performance_triton.md
+WIDE = tl.constexpr(0.02)  # mean a^2 d^2 from which the plain form is right: docs/performance_triton.md
 FAR = tl.constexpr(30.0)  # |a d| up to which the centred form resolves an entry, of any temperature
 BEYOND = tl.constexpr(1e13)  # about exp(FAR)
 NEGLIGIBLE = tl.constexpr(1.5)  # P < exp(-1.5 FAR) in the row and in the centre: no matter what d is there
