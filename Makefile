@@ -61,7 +61,7 @@ bench: $(VENV)/dev.stamp ## time the loss against F.cross_entropy, print tables,
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=out/benchmarks.json
 	$(BIN)/python benchmarks/report.py out/benchmarks.json
 
-# One JSON per machine, told apart by their CPUs' instructions: RESULTS=benchmarks/results/cpu_avx512.json, say.
+# One JSON for each set of instructions, by which CPUs are told apart: RESULTS=benchmarks/results/cpu_avx512.json.
 RESULTS ?= benchmarks/results/cpu.json
 results: $(VENV)/dev.stamp ## the whole suite, into the documents; wants an idle machine
 	$(BIN)/python -m pytest benchmarks --benchmark-only --full --benchmark-json=$(RESULTS)

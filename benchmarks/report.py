@@ -130,6 +130,7 @@ def headline_table(results: list[Result]) -> str:
 def price_table(results: list[Result]) -> str:
     """Fused against F.cross_entropy, both ways: a row per shape and variation, CPUs side by side."""
     columns = ["F.cross_entropy", "fused, K = 8", "ratio (20th to 80th percentile)"]
+    absent = [""] * len(columns)
     cpus = unique(instructions(r) for r in results)
     rows: dict[str, dict[str, list[str]]] = {}
     for r in of_kind(results, "shape", "host", "variation"):
@@ -138,7 +139,7 @@ def price_table(results: list[Result]) -> str:
             name = r["case"] if r["contender"] == "fused[cpu]" else f"{r['case']}, {r['contender']}"
             cells = [seconds(p["baseline_seconds_p50"]), seconds(p["seconds_p50"]), ratio(r)]
             rows.setdefault(name, {})[instructions(r)] = cells
-    lines = [[n, *(cell for cpu in cpus for cell in found.get(cpu, [""] * 3))] for n, found in rows.items()]
+    lines = [[n, *(cell for cpu in cpus for cell in found.get(cpu, absent))] for n, found in rows.items()]
     if len(cpus) > 1:  # a line has to fit a page
         columns = [column for cpu in cpus for column in (f"{cpu}: F.cross_entropy", "fused", "ratio")]
     return markdown(["logits", *columns], lines)
@@ -223,6 +224,8 @@ def tables(results: list[Result]) -> dict[str, str]:
     for prefix, here in by_machine(results).items():
         device = [r for r in results if r["device"] == here[0]["device"]]
         for name, (kind, table) in TABLES.items():
+            if name in SIDE_BY_SIDE and here[0] is not device[0]:
+                continue  # it is in the first CPU's
             of = device if name in SIDE_BY_SIDE else here
             text = table(of) if not kind or of_kind(of, kind) else ""
             if text.count("\n") > 1 or not kind:

@@ -5,7 +5,8 @@ rows sorted by label, f the first position of a cluster, n its rows; b its first
 columns.py take as the centre. Three bundles go from function to function:
 
     Z = (logits, row stride, column stride, C)
-    S = (row, top, inverse, log_sum, K)      pointers into `saved`: int32 and float32 (N,), float32 (N, K) twice
+    S = (row, top, inverse, log_sum, K)      pointers into `saved`: int32 and float32 (N,), float32 (N, K) twice,
+                                             the last of given centroids only
     T = (a, base, floor)      inverse temperatures (KC,) and what else `exponentials` and `below_top` take
 """
 

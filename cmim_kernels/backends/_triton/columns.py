@@ -4,7 +4,7 @@
     centred   L = log (Q / P_b),       t = a d - L,     d = (z - z_b) - (max z - max z_b)
 
 with b the cluster's first row. In both, log(P/Q) = t - lambda, lambda = log S - log S_b. The plain L is the
-logarithm of the mean of exp(a x) S_b/S, no larger than a x, and so rounded little. Where the rows almost agree, x
+logarithm of the mean of exp(a x) S_b/S, about as large as a x, and so rounded little. Where the rows almost agree, x
 and log Q round away what d and L of the centred form keep: there L = log1p(mean w), w = P/P_b - 1 =
 (1 + expm1(a d)) S_b/S - 1. A constant of the row in t, such as the rounding of S, harms neither the gradient, which
 contains t - mean t, nor the divergence (forward.py), so that d may be shifted by the rows' maxima: a class that

@@ -12,7 +12,7 @@ theirs: counting arrivals is the only atomic operation, and no sum depends on wh
 
 A / W is the mean of t that the gradient subtracts, free of what 1/S has rounded. Where all tiles of a cluster are
 plain at a temperature the divergence is A / W - lambda; G would add the rounding of sum P and sum Q, each near one.
-Else it is G, and of it what the rounding of log S has done is taken back: it moves log(P/Q) of a row by some eta,
+Else it is G, and of it what the rounding of S has done is taken back: it moves log(P/Q) of a row by some eta,
 and with it A / W - lambda by eta and G by eta^2/2, so that half the square of what the two differ by comes off.
 
 Given centroids need not sum to one: A = sum_j P log(P/Q) and W = sum_j P there (given.py), and the same is had

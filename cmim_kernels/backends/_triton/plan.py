@@ -18,9 +18,9 @@ MAX_TEMPERATURES = 64
 # `saved` is one float32 buffer. First these fields of N words each, by position: rows sorted by label, the
 # ignored ones last. ROW to LABEL are int32; LABEL is -1 for an ignored row and -2 for a label out of range.
 ROW, FIRST, COUNT, LABEL, TOP, ENTROPY, WEIGHT, PROBABILITY, INVERSE_SUM = range(9)
-# Then, by position and temperature (N, K): 1/S, log S (S = sum exp(a (z - max z))) and the row's mean under P
-# of columns.py's t, for given centroids of log(P/Q). Then (2,) normalisers, the form of every tile (tiles, N)
-# int32, and L of the large clusters (slots, K, C).
+# Then, by position and temperature (N, K): 1/S, for given centroids log S (S = sum exp(a (z - max z))) and the
+# row's mean under P of columns.py's t, for given centroids of log(P/Q). Then (2,) normalisers, the form of every
+# tile (tiles, N) int32, and L of the large clusters (slots, K, C).
 INVERSE, LOG_SUM, MEAN_RATIO = range(3)
 
 # Up to so many rows a program finds a row's place by looking at all targets; beyond, they are sorted first,

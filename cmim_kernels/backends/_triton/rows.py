@@ -200,4 +200,5 @@ def rows_kernel(
         at = p.to(tl.int64)[None, :] * K + k
         mask = (k < K) & kept[None, :]
         tl.store(by_temperature(saved, N, K, INVERSE) + at, 1.0 / sum_k, mask=mask)
-        tl.store(by_temperature(saved, N, K, LOG_SUM) + at, tl.log(sum_k), mask=mask)
+        if SOLO:
+            tl.store(by_temperature(saved, N, K, LOG_SUM) + at, tl.log(sum_k), mask=mask)
